@@ -1,0 +1,42 @@
+# make demo: install into .venv and run the demonstration; make test, make check: what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= kvtool-demo
+
+.PHONY: demo install install-dev test check train-tiny clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/kvtool demo --out $(OUT)
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# torch first and from the constraints: a later resolution would otherwise choose another, larger build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+check: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# TEXT: a large public-domain UTF-8 text (.txt or .txt.gz); OUT_TINY: checkpoints; resumes.
+OUT_TINY ?= build/tiny
+train-tiny: install
+	test -n "$(TEXT)" || { echo "give the training text: make train-tiny TEXT=FILE" >&2; exit 2; }
+	$(BIN)/python -m kvtool.data.train_tiny --text $(TEXT) --out $(OUT_TINY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info $(OUT)

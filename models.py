@@ -1,0 +1,364 @@
+"""The one place that touches transformers: load a model, describe it, and route its attention through kvtool.
+
+Attention runs through the public hook of transformers 5 (``AttentionInterface``): a model set to the implementation
+``"kvtool"`` calls `_attention`, which hands the post-RoPE tensors to a handler: the one a cache handed over for this very
+call (`hand_over`), else the one installed by `attention_handler`, else plain SDPA.
+
+Shapes: B batch, Q query heads, H KV heads, D head dimension, N new tokens, K keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtool.errors import ConfigError, DataError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ATTENTION = "kvtool"
+EMBEDDED = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One attention call of a model.
+
+    Attributes
+    ----------
+    layer : int
+    queries : Tensor ``[B, Q, N, D]``
+        Post-RoPE.
+    keys, values : Tensor ``[B, H, K, D]``
+        What the cache's ``update`` returned, or the new tokens' own without a cache; KV heads are not repeated.
+    padding : Tensor ``[B, K]`` of bool, or None
+        True for real tokens; None where nothing is padded.
+    scaling : float
+        Factor of the logits.
+    window : int or None
+        Width of a sliding-window layer.
+    """
+
+    layer: int
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    padding: Tensor | None
+    scaling: float
+    window: int | None
+
+
+#: Returns the attention output ``[B, Q, N, D]``.
+Handler = Callable[[AttentionCall], "Tensor"]
+
+
+@dataclass(slots=True)
+class _Handover:
+    keys: Tensor
+    handler: Handler
+
+
+_installed: ContextVar[Handler | None] = ContextVar("kvtool_handler", default=None)
+_handed: ContextVar[_Handover | None] = ContextVar("kvtool_handover", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a model that every stage needs.
+
+    Attributes
+    ----------
+    model_id : str
+        ``"tiny"``, a folder name or a hub id.
+    architecture : str
+    fingerprint : str
+        Hash of the configuration and of samples of every weight: two models that differ have different ones.
+    n_layers, n_heads, n_kv_heads, head_dim : int
+    max_positions : int
+        Native context length in tokens.
+    windows : tuple of (int or None)
+        Sliding-window width per layer, None for full attention.
+    """
+
+    model_id: str
+    architecture: str
+    fingerprint: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    def compressible(self, seq_len: int) -> tuple[bool, ...]:
+        """Return per layer whether a policy applies; sliding windows shorter than the prompt are left alone."""
+        return tuple(window is None or window >= seq_len for window in self.windows)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready for kvtool, its tokenizer and its facts."""
+
+    model: Any
+    tokenizer: Any
+    info: ModelInfo
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name : str
+        ``"tiny"`` (the embedded model), a local folder in transformers' format, or a hub id.
+    device : str
+        ``"auto"`` (CUDA if there is one), or any torch device.
+    dtype : str
+        ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Raises
+    ------
+    DataError
+        Nothing loadable under that name.
+    UnsupportedModelError
+        The model's attention cannot be served.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = str(embedded_folder()) if name == EMBEDDED else name
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise DataError(f"model {name!r} not found: give 'tiny', an existing folder with config.json, or a hub id owner/name")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise DataError(f"model folder {name} has no config.json; give a folder in transformers' format")
+    register()
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=ATTENTION
+        )
+        model = model.to(where).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise DataError(f"model {name!r} cannot be loaded: {line}") from error
+    return LoadedModel(model, tokenizer, describe(model, name))
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load a tokenizer from a folder or hub id."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def embedded_folder() -> Path:
+    """Return the folder of the embedded model."""
+    return Path(__file__).parent / "data" / "tiny"
+
+
+def describe(model: Any, model_id: str) -> ModelInfo:
+    """Read the facts of a loaded transformers model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        No attention hook, or layers that are neither full nor sliding-window attention.
+    """
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_sdpa", False) or not getattr(model, "_supports_attention_backend", True):
+        raise UnsupportedModelError(f"{type(model).__name__} does not run its attention through transformers' attention hook")
+    n_heads = int(config.num_attention_heads)
+    return ModelInfo(
+        model_id=model_id,
+        architecture=type(model).__name__,
+        fingerprint=fingerprint(model),
+        n_layers=int(config.num_hidden_layers),
+        n_heads=n_heads,
+        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
+        max_positions=int(config.max_position_embeddings),
+        windows=_windows(config),
+    )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    n_layers, width = int(config.num_hidden_layers), getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (width,) * n_layers
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedModelError(f"layers of kind {', '.join(unknown)} have no KV cache of full attention; kvtool cannot serve them")
+    return tuple(width if kind == "sliding_attention" else None for kind in kinds)
+
+
+def fingerprint(model: Any) -> str:
+    """Return 16 hex digits that identify configuration and weights (64 values of every parameter)."""
+    import torch
+
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // 64)
+        digest.update(name.encode() + flat[::step][:64].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return 16 hex digits that identify a tokenizer's vocabulary and rules."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_length(info: ModelInfo, n_tokens: int, what: str) -> None:
+    """Refuse a sequence that the model's native context cannot hold.
+
+    Raises
+    ------
+    ConfigError
+        Too long.
+    """
+    if n_tokens > info.max_positions:
+        raise ConfigError(
+            f"{what} needs {n_tokens} tokens, but {info.model_id} has a context of {info.max_positions}; "
+            "use shorter prompts or a model with a longer context"
+        )
+
+
+def register() -> None:
+    """Make the attention implementation ``"kvtool"`` known to transformers; harmless to repeat."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    # The mask of the flash family: None, or the plain [B, K] padding mask; nothing of size N x K is built.
+    AttentionMaskInterface.register(ATTENTION, flash_attention_mask)
+
+
+def prepare(model: Any) -> None:
+    """Switch a loaded model to kvtool's attention; without a kvtool cache or handler it computes what SDPA computes."""
+    register()
+    if model.config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(ATTENTION)
+
+
+@contextmanager
+def attention_handler(model: Any, handler: Handler) -> Iterator[None]:
+    """Send all attention calls of `model` to `handler`; everything is restored at the end, after an exception too."""
+    before = model.config._attn_implementation
+    prepare(model)
+    token = _installed.set(handler)
+    try:
+        yield
+    finally:
+        _installed.reset(token)
+        if before != ATTENTION:
+            model.set_attn_implementation(before)
+
+
+def hand_over(keys: Tensor, handler: Handler) -> None:
+    """Send the next attention call, which must carry this very `keys` tensor, to `handler`; used by caches in ``update``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The previous call never came: the model does not run kvtool's attention.
+    """
+    if _handed.get() is not None:
+        _handed.set(None)
+        raise UnsupportedModelError(
+            "the model does not call kvtool's attention; call kvtool.prepare(model) once, or load it with attn_implementation='kvtool'"
+        )
+    _handed.set(_Handover(keys, handler))
+
+
+def forget_handover() -> None:
+    """Drop a handler that was handed over but not called, e.g. after an exception inside a forward."""
+    _handed.set(None)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention function in the signature of transformers; returns ``[B, N, Q, D]``."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise UnsupportedModelError(f"the model's attention uses {name!r}, which kvtool does not serve")
+    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    call = AttentionCall(
+        layer=int(module.layer_idx),
+        queries=query,
+        keys=key,
+        values=value,
+        padding=attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=window,
+    )
+    handed = _handed.get()
+    if handed is not None and handed.keys is key:
+        _handed.set(None)
+        handler: Handler = handed.handler
+    else:
+        handler = _installed.get() or dense_attention
+    return handler(call).transpose(1, 2).contiguous(), None
+
+
+def dense_attention(call: AttentionCall) -> Tensor:
+    """Plain causal attention by SDPA, ``[B, Q, N, D]``; the last new token sees the last key."""
+    import torch
+
+    n_new, n_keys = call.queries.shape[2], call.keys.shape[2]
+    group = call.queries.shape[1] != call.keys.shape[1]
+    masked = call.padding is not None or (call.window is not None and n_keys > call.window) or 1 < n_new < n_keys
+    mask = _dense_mask(call, n_new, n_keys) if masked else None
+    return torch.nn.functional.scaled_dot_product_attention(
+        call.queries,
+        call.keys,
+        call.values,
+        attn_mask=mask,
+        is_causal=mask is None and n_new > 1,
+        scale=call.scaling,
+        enable_gqa=group,
+    )
+
+
+def _dense_mask(call: AttentionCall, n_new: int, n_keys: int) -> Tensor:
+    import torch
+
+    columns = torch.arange(n_keys, device=call.keys.device)
+    rows = torch.arange(n_keys - n_new, n_keys, device=call.keys.device)[:, None]
+    visible = columns <= rows
+    if call.window is not None:
+        visible = visible & (columns > rows - call.window)
+    visible = visible[None, None]
+    if call.padding is not None:
+        # A padded query sees itself, so that its (unused) row stays finite.
+        visible = (visible & call.padding[:, None, None, :].bool()) | (columns == rows)[None, None]
+    return visible

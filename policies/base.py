@@ -1,0 +1,263 @@
+"""The policy algebra: score x allocate x select x compensate x when.
+
+Shapes: L layers, Q query heads, H KV heads, G = Q / H query heads per KV head, T prompt positions.
+The pieces are frozen dataclasses without state. `Method` is what a user names (``snapkv``): one short file in
+``policies/methods`` that puts pieces together. `Policy` is a method at a budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from kvtool.errors import ConfigError
+from kvtool.policies.budget import Budget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@runtime_checkable
+class LayerView(Protocol):
+    """What a policy may ask about one layer of one prompt.
+
+    Two implementations: captured (``kvtool.capture.reader``) and live (``kvtool.infer.live``).
+    """
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def seed(self) -> int:
+        """Seed of the sample, for policies that draw."""
+        ...
+
+    def statistic(self, name: str) -> Tensor:
+        """Return a selection statistic, float32 ``[Q, T]`` or ``[H, T]``; names in `kvtool.policies.statistics.KINDS`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer(ABC):
+    """Statistics of one layer -> score per KV head and position; higher is kept first."""
+
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of the statistics that `score` asks for."""
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Return the scores, float ``[H, T]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocator(ABC):
+    """Total budget -> budget per layer and KV head."""
+
+    #: True if a layer's budgets depend on that layer only: the cache can then drop entries layer by layer during the
+    #: prompt pass, and the full prompt is never held for all layers at once.
+    layer_local: ClassVar[bool] = False
+
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of the statistics that `allocate` asks for."""
+        return ()
+
+    @abstractmethod
+    def allocate(self, views: Sequence[LayerView], budget: int, minimum: int) -> list[list[int]]:
+        """Return the entries to keep per (layer, KV head).
+
+        Parameters
+        ----------
+        views : sequence of LayerView
+            All compressible layers of one prompt (or, for a `layer_local` allocator, any subset).
+        budget : int
+            Mean entries per KV head, in ``minimum ... T``.
+        minimum : int
+            Protected entries of each head; no head gets less.
+
+        Returns
+        -------
+        list of list of int
+            ``[len(views)][H]``; sums to ``budget * len(views) * H``, every value in ``minimum ... T``.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Top-k per head with protected sink and window; equal scores: the earlier position first.
+
+    Attributes
+    ----------
+    sink : int
+        First positions that are always kept.
+    window : int
+        Last positions that are always kept.
+    """
+
+    sink: int = 0
+    window: int = 0
+
+    @property
+    def protected(self) -> int:
+        """Entries that are always kept (of a prompt that is long enough)."""
+        return self.sink + self.window
+
+    def order(self, scores: Tensor) -> Tensor:
+        """Return the positions in the order in which they are kept, int64 ``[H, T]``.
+
+        The window comes first, from the last position backwards, then the sink, then the rest by falling score. The
+        kept set at a budget of b entries is the first b of a row, so one sort serves all budgets.
+
+        Parameters
+        ----------
+        scores : Tensor ``[H, T]``
+        """
+        import torch
+
+        seq_len = scores.shape[-1]
+        window, sink = min(self.window, seq_len), min(self.sink, seq_len)
+        ranked = scores.float().clone()
+        if torch.isnan(ranked).any():
+            raise ConfigError("the scorer gave NaN; a policy cannot rank that")
+        ranked[:, seq_len - window :] = float("-inf")
+        ranked[:, :sink] = float("-inf")
+        order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
+        device = scores.device
+        last = torch.arange(seq_len - 1, seq_len - 1 - window, -1, device=device)
+        first = torch.arange(0, min(sink, seq_len - window), device=device)
+        head = torch.cat([last, first])
+        # Protected positions carry -inf and sort to the end; a scorer's own -inf in the free part must not mix with them.
+        free = (order >= sink) & (order < seq_len - window)
+        rest = order[free].view(scores.shape[0], seq_len - len(head))
+        return torch.cat([head.expand(scores.shape[0], -1), rest], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """What stands for the evicted entries. This base keeps nothing (``none``)."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Moments at which entries are dropped. This base: once, after the prompt."""
+
+    name: ClassVar[str] = "prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The five pieces of a method."""
+
+    scorer: Scorer
+    allocator: Allocator
+    selector: Selector
+    compensation: Compensation = field(default_factory=Compensation)
+    when: When = field(default_factory=When)
+
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of all statistics asked for, sorted."""
+        return tuple(sorted({*self.scorer.needs(), *self.allocator.needs()}))
+
+
+@dataclass(frozen=True, slots=True)
+class Method(ABC):
+    """A named method with its parameters; subclasses live in ``policies/methods`` and are found there by name.
+
+    Class attributes say what users want to know before they pick it.
+    """
+
+    #: name in the text form
+    name: ClassVar[str]
+    #: paper and official code
+    source: ClassVar[str]
+    #: one line: what is kept
+    summary: ClassVar[str]
+    #: formula of the score, plain text
+    formula: ClassVar[str]
+    #: keeps everything whatever the budget
+    keeps_all: ClassVar[bool] = False
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Return the five pieces."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Return parameter names and values in declaration order."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A method at a budget.
+
+    Attributes
+    ----------
+    method : Method
+    budget : Budget or None
+        None only for methods that keep everything (``full``).
+    """
+
+    method: Method
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is None and not self.method.keeps_all:
+            raise ConfigError(f"policy {self.method.name!r} needs a budget, e.g. {self.method.name}:budget=10%")
+        if self.budget is not None and self.method.keeps_all:
+            raise ConfigError(f"policy {self.method.name!r} keeps every entry and takes no budget")
+
+    def __str__(self) -> str:
+        from kvtool.policies.text import format_policy
+
+        return format_policy(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Read the text form, e.g. ``snapkv:budget=1024,window=32``.
+
+        Raises
+        ------
+        ConfigError
+            Unknown method or parameter (with near matches), or a value out of range.
+        """
+        from kvtool.policies.text import parse_policy
+
+        return parse_policy(text)
+
+    def entries(self, seq_len: int) -> int:
+        """Return the mean entries per KV head for a prompt of `seq_len` tokens.
+
+        Raises
+        ------
+        ConfigError
+            The budget is smaller than the protected sink and window.
+        """
+        if self.budget is None:
+            return seq_len
+        entries = self.budget.resolve(seq_len)
+        protected = min(self.method.parts().selector.protected, seq_len)
+        if entries < protected:
+            raise ConfigError(
+                f"policy {self}: a budget of {entries} of {seq_len} entries is smaller than its {protected} protected "
+                "entries (sink + window); raise the budget or set smaller sink=, window="
+            )
+        return entries
+
+    def is_degenerate(self, seq_len: int) -> bool:
+        """Return True where nothing is left to choose: budget <= sink + window, so all policies coincide."""
+        if self.budget is None:
+            return False
+        return self.budget.resolve(seq_len) <= self.method.parts().selector.protected < seq_len

@@ -1,0 +1,54 @@
+"""Registry: name -> class, found lazily in ``policies/methods`` and through entry points; never a shared instance."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+from kvtool.errors import ConfigError, near_matches
+from kvtool.policies.base import Method
+
+ENTRY_POINT_GROUP = "kvtool.policies"
+
+
+@lru_cache(maxsize=1)
+def method_classes() -> dict[str, type[Method]]:
+    """Return every known method class by name, built-in ones first, then those of other packages' entry points.
+
+    Raises
+    ------
+    ConfigError
+        Two classes claim one name.
+    """
+    package = importlib.import_module("kvtool.policies.methods")
+    found: dict[str, type[Method]] = {}
+    for module_info in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        module = importlib.import_module(f"{package.__name__}.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+                _add(found, value)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _add(found, entry.load())
+    return found
+
+
+def _add(found: dict[str, type[Method]], cls: type[Method]) -> None:
+    if cls.name in found:
+        raise ConfigError(f"policy name {cls.name!r} is claimed by {found[cls.name].__module__} and {cls.__module__}")
+    found[cls.name] = cls
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class registered as `name`.
+
+    Raises
+    ------
+    ConfigError
+        Unknown name, with near matches.
+    """
+    classes = method_classes()
+    if name not in classes:
+        raise ConfigError(f"unknown policy {name!r}.{near_matches(name, classes)} Known: {', '.join(classes)}")
+    return classes[name]

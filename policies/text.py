@@ -1,0 +1,106 @@
+"""Text, dict and YAML forms of a policy; parameters are checked against their declared type and range."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from kvtool.errors import ConfigError, near_matches
+from kvtool.policies.base import Method, Policy
+from kvtool.policies.budget import Budget
+from kvtool.policies.registry import method_class
+
+
+def parse_policy(text: str) -> Policy:
+    """Read ``name`` or ``name:key=value,...``; ``budget`` is one of the keys."""
+    name, _, rest = text.strip().partition(":")
+    values: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"policy {text!r}: {item!r} is not key=value")
+        if key.strip() in values:
+            raise ConfigError(f"policy {text!r}: {key.strip()!r} is given twice")
+        values[key.strip()] = value.strip()
+    return policy_from_dict({"name": name.strip(), **values})
+
+
+def format_policy(policy: Policy) -> str:
+    """Return the shortest text that `parse_policy` reads back: budget, then the parameters that differ from the default."""
+    items = [] if policy.budget is None else [f"budget={policy.budget}"]
+    items += [f"{k}={_format(v)}" for k, v in _changed(policy.method).items()]
+    return policy.method.name + (":" + ",".join(items) if items else "")
+
+
+def policy_from_dict(values: Mapping[str, Any]) -> Policy:
+    """Build a policy from ``{"name": ..., "budget": ..., parameter: value}`` (the YAML and JSON form).
+
+    Raises
+    ------
+    ConfigError
+        Unknown name or key (with near matches), wrong type, or a value out of range.
+    """
+    rest = dict(values)
+    cls = method_class(str(rest.pop("name", "")))
+    budget = rest.pop("budget", None)
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in rest.items():
+        if key not in fields:
+            names = [*([] if cls.keeps_all else ["budget"]), *fields]
+            known = ", ".join(names) or "none"
+            raise ConfigError(f"policy {cls.name!r} has no parameter {key!r}.{near_matches(key, names)} Known: {known}")
+        arguments[key] = _convert(cls.name, key, value, hints[key])
+    return Policy(cls(**arguments), None if budget is None else Budget.parse(str(budget)))
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """Return the dict form with every parameter spelled out."""
+    budget = {} if policy.budget is None else {"budget": str(policy.budget)}
+    return {"name": policy.method.name, **budget, **policy.method.parameters()}
+
+
+def method_key(policy: Policy) -> str:
+    """Return the text form without the budget: the same method at another budget has the same key."""
+    return format_policy(Policy(policy.method, None)) if policy.method.keeps_all else _without_budget(policy)
+
+
+def _without_budget(policy: Policy) -> str:
+    items = [f"{k}={_format(v)}" for k, v in _changed(policy.method).items()]
+    return policy.method.name + (":" + ",".join(items) if items else "")
+
+
+def _changed(method: Method) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in dataclasses.fields(method)}
+    return {k: v for k, v in method.parameters().items() if v != defaults[k]}
+
+
+def _format(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+
+
+def _convert(name: str, key: str, value: Any, hint: Any) -> Any:
+    """Convert a text or JSON value to the declared type of a parameter."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"policy {name!r}: {key}={value!r}; choose one of {', '.join(map(str, choices))}")
+        return value
+    if hint is bool:
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise ConfigError(f"policy {name!r}: {key}={value!r} is not true or false")
+        return text == "true"
+    try:
+        return hint(str(value))
+    except ValueError as error:
+        raise ConfigError(f"policy {name!r}: {key}={value!r} is not {'a whole number' if hint is int else 'a number'}") from error
+
+
+def check_range(name: str, key: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise ConfigError unless ``low <= value <= high``; used by the methods' ``__post_init__``."""
+    if not low <= value <= high:
+        limit = f"at least {low:g}" if high == float("inf") else f"in {low:g} ... {high:g}"
+        raise ConfigError(f"policy {name!r}: {key}={value} must be {limit}")

@@ -1,0 +1,58 @@
+"""Shared fixtures: random-weight models of five architectures and a byte tokenizer; no network, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "opt", "gpt_neox")
+
+
+def build_random_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
+    """Return a 2-layer random-weight model in eval mode; GQA where the architecture has it, Mistral with window 16."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
+
+    torch.manual_seed(seed)
+    base: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    gqa = {**base, "num_key_value_heads": 2, "intermediate_size": 96}
+    config = {
+        "llama": lambda: LlamaConfig(**{**gqa, **changes}),
+        "mistral": lambda: MistralConfig(**{**gqa, "sliding_window": 16, **changes}),
+        "qwen2": lambda: Qwen2Config(**{**gqa, **changes}),
+        "opt": lambda: OPTConfig(**{**base, "ffn_dim": 96, "word_embed_proj_dim": 64, **changes}),
+        "gpt_neox": lambda: GPTNeoXConfig(**{**base, "intermediate_size": 96, **changes}),
+    }[architecture]()
+    config.initializer_range = 0.3
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Any]:
+    """The builder `build_random_model`, as a fixture for test modules of every package."""
+    return build_random_model
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """A byte-level tokenizer with a first token, made on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0} | {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
