@@ -161,14 +161,26 @@ def open_run(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, A
     config = json.loads(json.dumps(config, default=str))
     if file.exists():
         old = read_run(folder)["config"]
-        if old != config:
-            names = sorted(k for k in old.keys() | config.keys() if old.get(k) != config.get(k))
-            shown = "; ".join(f"{k}: {_short(old.get(k))} there, {_short(config.get(k))} now" for k in names)
-            raise ConfigError(f"{folder} holds a run of another configuration ({shown}); choose another --out or remove it")
+        refuse_other(folder, old, config)
         return True
     record = {"schema": RUN_SCHEMA, "config_hash": config_hash(config), "config": config, "provenance": dict(provenance)}
     write_json(file, record)
     return False
+
+
+def refuse_other(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to continue in `place` with another configuration.
+
+    Raises
+    ------
+    ConfigError
+        They differ; the message names the differing keys.
+    """
+    new = json.loads(json.dumps(new, default=str))
+    if old != new:
+        names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        shown = "; ".join(f"{k}: {_short(old.get(k))} there, {_short(new.get(k))} now" for k in names)
+        raise ConfigError(f"{place} holds a run of another configuration ({shown}); choose another --out or remove it")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

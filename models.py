@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = str(embedded_folder()) if name == EMBEDDED else name
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DataError(f"model {name!r} not found: give 'tiny', an existing folder with config.json, or a hub id owner/name")
@@ -335,6 +337,8 @@ def dense_attention(call: AttentionCall) -> Tensor:
     import torch
 
     n_new, n_keys = call.queries.shape[2], call.keys.shape[2]
+    if call.window is not None and call.padding is None and call.window < n_keys and n_new > _SLIDING_BLOCK:
+        return _sliding_attention(call, call.window)
     group = call.queries.shape[1] != call.keys.shape[1]
     masked = call.padding is not None or (call.window is not None and n_keys > call.window) or 1 < n_new < n_keys
     mask = _dense_mask(call, n_new, n_keys) if masked else None
@@ -347,6 +351,26 @@ def dense_attention(call: AttentionCall) -> Tensor:
         scale=call.scaling,
         enable_gqa=group,
     )
+
+
+#: Query rows of one block of a sliding-window prefill.
+_SLIDING_BLOCK = 256
+
+
+def _sliding_attention(call: AttentionCall, window: int) -> Tensor:
+    """Sliding-window attention in blocks of query rows: masks of B x (window + B), never of N x K."""
+    import torch
+
+    n_new, n_keys = call.queries.shape[2], call.keys.shape[2]
+    offset, blocks = n_keys - n_new, []
+    for start in range(0, n_new, _SLIDING_BLOCK):
+        stop = min(n_new, start + _SLIDING_BLOCK)
+        first, last = max(0, offset + start - window + 1), offset + stop
+        near = replace(
+            call, queries=call.queries[:, :, start:stop], keys=call.keys[:, :, first:last], values=call.values[:, :, first:last]
+        )
+        blocks.append(dense_attention(near))
+    return torch.cat(blocks, dim=2)
 
 
 def _dense_mask(call: AttentionCall, n_new: int, n_keys: int) -> Tensor:

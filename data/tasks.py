@@ -93,7 +93,8 @@ def sample_seed(sample_id: str) -> int:
 
 def encode_text(tokenizer: Any, text: str, *, first: bool = False) -> list[int]:
     """Return the token ids of `text`; with `first`, the tokenizer's own first tokens come before."""
-    return list(tokenizer(text, add_special_tokens=first)["input_ids"])
+    # verbose=False: a whole book is longer than any context, which is no reason to warn here.
+    return list(tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"])
 
 
 def first_ids(tokenizer: Any) -> list[int]:

@@ -48,7 +48,11 @@ class Recipe:
     answer_weight: float = 5.0
     needle_share: float = 0.6
     repeat_share: float = 0.15
-    muon: bool = False
+    muon: bool = True
+    #: price per unit of head output (relative to the mean value norm): idle heads learn to rest on the first token
+    output_price: float = 0.1
+    #: price of attention that is not on the first token, see `_off_sink`
+    sink_price: float = 0.2
     seed: int = 7
 
     @property
@@ -203,12 +207,32 @@ def load_corpus(recipe: Recipe, text_path: Path, out: Path) -> tuple[Tokenizer, 
     return Tokenizer.from_file(str(tokenizer_file)), np.load(ids_file)
 
 
+#: mean relative output norm of the heads of each layer, collected during one forward
+_output_norms: list[torch.Tensor] = []
+#: `_off_sink` of each layer, collected during one forward
+_off_sinks: list[torch.Tensor] = []
+
+N_SINK_ROWS = 32
+
+
+def _off_sink(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """How little attention the first token gets: mean of -log(a_0 + 0.02), scaled to 0 ... 1, over evenly spaced queries."""
+    length = query.shape[2]
+    rows = torch.linspace(16, length - 1, N_SINK_ROWS).long()
+    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query[:, :, rows].float() @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = logits.masked_fill(torch.arange(length) > rows[:, None], float("-inf"))
+    return -(logits.softmax(-1)[..., 0] + 0.02).log().mean() / 3.912
+
+
 def causal_only(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention without a mask tensor: under ``torch.compile`` transformers would materialise one."""
+    """Causal attention without a mask tensor that also collects how much its heads write."""
     scale = options.get("scaling")
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    _output_norms.append(output.float().norm(dim=-1).mean() / (value.float().norm(dim=-1).mean() + 1e-6))
+    _off_sinks.append(_off_sink(query, key, scale))
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -268,7 +292,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float, compile_model: bool) -> None:
+def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float) -> None:
     """Run or resume the training in folder `out`; stops after `max_minutes` with a checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, corpus = load_corpus(recipe, text_path, out)
@@ -282,7 +306,6 @@ def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float, compil
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, spent_s = state["step"], state["spent_s"]
-    forward = torch.compile(model, dynamic=False) if compile_model else model
     started = last_saved = time.monotonic()
     with (out / "log.jsonl").open("a") as log:
         while step < recipe.n_steps:
@@ -291,16 +314,20 @@ def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float, compil
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = recipe.rate_at(step)
             model.zero_grad(set_to_none=True)
+            _output_norms.clear()
+            _off_sinks.clear()
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
             loss, plain, answer = loss_of(logits, ids, weights)
-            loss.backward()
+            activity = torch.stack(_output_norms).mean()
+            off_sink = torch.stack(_off_sinks).mean()
+            (loss + recipe.output_price * activity + recipe.sink_price * off_sink).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             step += 1
             now = time.monotonic()
-            line = {"step": step, "length": length, "loss": float(loss), "text": float(plain), "answer": float(answer)}
+            line = {"step": step, "length": length, "loss": float(loss), "text": float(plain), "answer": float(answer), "activity": float(activity), "off_sink": float(off_sink)}
             log.write(json.dumps({**line, "minutes": (spent_s + now - started) / 60}) + "\n")
             log.flush()
             stopping = now - started > 60 * max_minutes
@@ -312,18 +339,39 @@ def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float, compil
                 return
 
 
+def export(out: Path, folder: Path) -> None:
+    """Write the checkpoint of `out` as a transformers model folder (float32 safetensors, tokenizer, recipe)."""
+    from transformers import PreTrainedTokenizerFast
+
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    recipe = Recipe(**{**json.loads(state["recipe"]), "curriculum": tuple(map(tuple, json.loads(state["recipe"])["curriculum"]))})
+    model = build_model(recipe)
+    model.load_state_dict(state["model"])
+    model.config._attn_implementation = "sdpa"
+    model.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(out / "tokenizer.json"), bos_token=BOS, eos_token=END, model_max_length=recipe.curriculum[-1][0]
+    )
+    tokenizer.save_pretrained(folder)
+    record = {"recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["spent_s"] / 60, 1)}
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="training text, UTF-8, .txt or .txt.gz")
+    parser.add_argument("--text", type=Path, help="training text, UTF-8, .txt or .txt.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoint and log")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop with a checkpoint after this time")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="change one value of the recipe")
-    parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the checkpoint as a transformers model and end")
     args = parser.parse_args()
+    if args.export:
+        export(args.out, args.export)
+        return
     changes = {name: json.loads(value) for name, value in (item.split("=", 1) for item in args.set)}
     if "curriculum" in changes:
         changes["curriculum"] = tuple((int(a), int(b)) for a, b in changes["curriculum"])
-    train(Recipe(**changes), args.text, args.out, args.minutes, not args.no_compile)
+    train(Recipe(**changes), args.text, args.out, args.minutes)
 
 
 if __name__ == "__main__":

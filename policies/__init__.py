@@ -4,13 +4,14 @@ from kvtool.policies.base import LayerView, Method, Policy
 from kvtool.policies.budget import Budget
 from kvtool.policies.registry import method_class, method_classes
 from kvtool.policies.select import kept_positions, select
-from kvtool.policies.text import method_key, parse_policy, policy_from_dict, policy_to_dict
+from kvtool.policies.text import expand_policies, method_key, parse_policy, policy_from_dict, policy_to_dict
 
 __all__ = [
     "Budget",
     "LayerView",
     "Method",
     "Policy",
+    "expand_policies",
     "kept_positions",
     "method_class",
     "method_classes",

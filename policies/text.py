@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvtool.errors import ConfigError, near_matches
 from kvtool.policies.base import Method, Policy
 from kvtool.policies.budget import Budget
-from kvtool.policies.registry import method_class
+from kvtool.policies.registry import method_class, method_classes
 
 
 def parse_policy(text: str) -> Policy:
@@ -104,3 +104,30 @@ def check_range(name: str, key: str, value: float, low: float, high: float = flo
     if not low <= value <= high:
         limit = f"at least {low:g}" if high == float("inf") else f"in {low:g} ... {high:g}"
         raise ConfigError(f"policy {name!r}: {key}={value} must be {limit}")
+
+
+def expand_policies(texts: Sequence[str], budgets: Sequence[str]) -> list[Policy]:
+    """Read policies; those without a budget are taken at each of `budgets`. Without texts: every registered method.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Text forms, with or without a budget.
+    budgets : sequence of str
+        Text forms of budgets.
+
+    Returns
+    -------
+    list of Policy
+        Without repetitions, in order.
+    """
+    policies: dict[Policy, None] = {}
+    for text in texts or list(method_classes()):
+        name, _, rest = text.partition(":")
+        has_budget = any(item.partition("=")[0].strip() == "budget" for item in rest.split(","))
+        if has_budget or method_class(name.strip()).keeps_all:
+            policies[parse_policy(text)] = None
+            continue
+        for budget in budgets:
+            policies[parse_policy(f"{name}:budget={budget}" + (f",{rest}" if rest else ""))] = None
+    return list(policies)

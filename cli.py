@@ -1,0 +1,460 @@
+"""The command line: parse, call one stage function, print. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kvtool import __version__
+from kvtool.errors import KvtoolError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from kvtool.data.tasks import Encoded
+    from kvtool.models import LoadedModel
+    from kvtool.policies import Policy
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_RETENTIONS = "2%,5%,10%,20%,50%"
+
+
+class _OneLineErrors(click.Group):
+    """A group whose commands end in one line and an exit code when the user can mend what happened."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvtoolError as error:
+            click.echo(f"kvtool: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("kvtool"):
+                raise
+            missing = MissingDependencyError(f"package {error.name!r} is not installed; run: pip install {error.name}")
+            click.echo(f"kvtool: {missing}", err=True)
+            ctx.exit(missing.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nkvtool: interrupted; what was written is kept, the same command continues", err=True)
+            ctx.exit(130)
+
+
+def _plain(value: Any) -> Any:
+    """Turn results into JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _emit(as_json: bool, value: Any, text: str) -> None:
+    click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False) if as_json else text)
+
+
+def model_options(command: Command) -> Command:
+    """Options that load a model."""
+    for option in (
+        click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16."),
+        click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."),
+        click.option("--model", "-m", default="tiny", show_default=True, help="tiny (embedded), a model folder, or a hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def sample_options(command: Command) -> Command:
+    """Options that choose the prompts."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Seed of the prompts."),
+        click.option("--length", default=1024, show_default=True, help="Prompt length in tokens, for tasks that build prompts."),
+        click.option("--n", "-n", default=16, show_default=True, help="Number of prompts."),
+        click.option("--task", "-t", default="niah", show_default=True, help="Task; see: kvtool tasks."),
+    ):
+        command = option(command)
+    return command
+
+
+def compress_option(command: Command) -> Command:
+    """Whether a policy may see the question."""
+    kinds = click.Choice(["prompt", "context"])
+    text = "What a policy sees before it compresses: prompt (context and question) or context (query-agnostic)."
+    return click.option("--compress-at", type=kinds, default="prompt", show_default=True, help=text)(command)
+
+
+def json_option(command: Command) -> Command:
+    """Machine-readable output."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
+
+
+def out_option(default: str, what: str) -> Callable[[Command], Command]:
+    """Where the result goes."""
+    kind = click.Path(path_type=Path)
+    return click.option("--out", "-o", type=kind, default=default, show_default=True, help=what)
+
+
+def policy_options(command: Command) -> Command:
+    """Which policies at which budgets."""
+    for option in (
+        click.option("--retention", "-r", default=DEFAULT_RETENTIONS, show_default=True,
+                     help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries."),  # fmt: skip
+        click.option("--policy", "-p", "policies", multiple=True,
+                     help="Policy, e.g. snapkv:window=16 or h2o:budget=10%; repeat for several. Default: all registered."),  # fmt: skip
+    ):
+        command = option(command)
+    return command
+
+
+def _budgets(text: str) -> list[str]:
+    from kvtool.policies import Budget
+
+    return [str(Budget.parse(item)) for item in text.split(",") if item.strip()]
+
+
+def _load(model: str, device: str, dtype: str) -> LoadedModel:
+    from kvtool.models import load_model
+    from kvtool.progress import say
+
+    say(f"loading {model}")
+    return load_model(model, device, dtype)
+
+
+def _samples(loaded: LoadedModel, task: str, n: int, length: int, seed: int) -> list[Encoded]:
+    from kvtool.data.tasks import load_task
+    from kvtool.progress import say
+
+    samples = load_task(task, loaded.tokenizer, n, length, seed)
+    if len(samples) < n:
+        say(f"task {task} holds {len(samples)} samples; {n} were asked for")
+    return samples
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="kvtool")
+def cli() -> None:
+    """Which KV-cache compression to run for your model and workload, at which budget - simulated, then proved.
+
+    \b
+    kvtool demo                                       everything, on the embedded model, in minutes
+    kvtool capture -t niah --length 2048 -o c.h5      statistics of real attention
+    kvtool simulate c.h5 -o sim                       rank policies offline, make a shortlist
+    kvtool infer --shortlist sim/shortlist.yaml       run the shortlist for real
+    kvtool analyze report sim infer                   tables, figures, report.html
+    """
+
+
+@cli.command()
+@model_options
+@sample_options
+@compress_option
+@click.option("--windows", default="16,32,64", show_default=True, help="Window sizes of the window statistics, in queries.")
+@click.option("--statistics", default=None, help="Comma-separated selection statistics; default: all.")
+@click.option("--dry-run", is_flag=True, help="Say what would be captured and how large it gets; capture nothing.")
+@out_option("capture.h5", "HDF5 file to write.")
+@json_option
+def capture(
+    model: str, device: str, dtype: str, task: str, n: int, length: int, seed: int, compress_at: str,
+    windows: str, statistics: str | None, dry_run: bool, out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Record a model's attention statistics and answer gradients on real prompts.
+
+    \b
+    kvtool capture -m tiny -t niah -n 16 --length 2048 -o capture.h5
+    kvtool capture -m ./my-model -t file:questions.jsonl -n 32 --compress-at context -o mine.h5
+    """
+    from kvtool.capture.runner import CaptureConfig, run_capture
+
+    loaded = _load(model, device, dtype)
+    samples = _samples(loaded, task, n, length, seed)
+    config = CaptureConfig(
+        task=task, model=model, n=n, length=length, seed=seed,
+        compress_at=compress_at,  # type: ignore[arg-type]
+        windows=tuple(_whole_numbers("--windows", windows)),
+        statistics=tuple(s.strip() for s in statistics.split(",")) if statistics else None,
+    )  # fmt: skip
+    if dry_run:
+        from kvtool.capture.runner import estimate
+
+        plan = estimate(config, loaded.info, samples)
+        _emit(as_json, plan, f"{plan.n_samples} samples, about {plan.size_bytes / 1e6:.1f} MB in {out}")
+        return
+    summary = run_capture(config, loaded, samples, out)
+    notes = [f"{summary.n_samples} samples in {summary.path} ({summary.size_bytes / 1e6:.1f} MB)"]
+    for count, text in (
+        (summary.n_reused, "were finished by an earlier run"),
+        (summary.n_truncated, "have a longer answer than is probed: its first tokens only"),
+        (summary.n_model_answers, "have no gold answer: the model's own full-cache answer is used"),
+        (summary.n_without_margins, "have an answer of one token, which compression after the prompt cannot change"),
+        (summary.n_kept_layers, "(sample, layer) pairs are sliding windows that no policy touches"),
+    ):
+        if count:
+            notes.append(f"  {count} {text}")
+    _emit(as_json, summary, "\n".join(notes))
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"{option} {text!r}: whole numbers separated by commas are needed") from error
+
+
+@cli.command()
+@click.argument("capture_file", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@out_option("heads.json", "JSON file to write.")
+@json_option
+def classify(capture_file: Path, seed: int, out: Path, as_json: bool) -> None:
+    """Head kinds with their confidence, and head importance, from a capture.
+
+    \b
+    kvtool classify capture.h5 -o heads.json
+    """
+    from kvtool.classify.runner import run_classify
+
+    summary = run_classify(capture_file, out, seed=seed)
+    _emit(as_json, summary, summary.text())
+
+
+@cli.command()
+@click.argument("capture_file", type=click.Path(path_type=Path))
+@policy_options
+@click.option("--refine", default=0, show_default=True, help="Masked teacher-forced forwards for the best N (needs the model).")
+@click.option("--draws", default=1000, show_default=True, help="Bootstrap draws for the intervals.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@model_options
+@out_option("simulate", "Folder to write.")
+@json_option
+def simulate(
+    capture_file: Path, policies: tuple[str, ...], retention: str, refine: int, draws: int, seed: int,
+    model: str, device: str, dtype: str, out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Rank policies and budgets offline from a capture, and make a shortlist.
+
+    \b
+    kvtool simulate capture.h5 -o sim
+    kvtool simulate capture.h5 -p snapkv -p snapkv:window=16 -p h2o -r 1%,5%,20% --refine 20 -o sim
+    """
+    from kvtool.simulate.runner import SimulateConfig, run_simulate
+
+    config = SimulateConfig(
+        capture=str(capture_file), policies=policies, budgets=tuple(_budgets(retention)), refine=refine, draws=draws, seed=seed
+    )
+    loaded = _load(model, device, dtype) if refine else None
+    summary = run_simulate(config, out, loaded)
+    _emit(as_json, summary, summary.text())
+
+
+@cli.command()
+@model_options
+@sample_options
+@compress_option
+@policy_options
+@click.option("--shortlist", type=click.Path(path_type=Path), help="shortlist.yaml of kvtool simulate, instead of --policy.")
+@click.option("--kernel", default="auto", show_default=True, help="Attention kernel; auto takes the fastest that runs here.")
+@click.option("--dry-run", is_flag=True, help="List the units that would run; run nothing.")
+@out_option("infer", "Folder to write.")
+@json_option
+def infer(
+    model: str, device: str, dtype: str, task: str, n: int, length: int, seed: int, compress_at: str,
+    policies: tuple[str, ...], retention: str, shortlist: Path | None, kernel: str, dry_run: bool, out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Run policies for real: scores, KV bytes counted from tensors, times; the full cache always beside them.
+
+    \b
+    kvtool infer -t niah -n 32 --length 2048 --shortlist sim/shortlist.yaml -o run
+    kvtool infer -m ./my-model -t file:questions.jsonl -p snapkv -p random -r 5%,10% -o run
+    """
+    from kvtool.infer.runner import InferConfig, run_infer
+
+    chosen = _shortlisted(shortlist) if shortlist else _at_budgets(policies, retention)
+    loaded = _load(model, device, dtype)
+    samples = _samples(loaded, task, n, length, seed)
+    if dry_run:
+        units = [{"sample": s.sample.id, "policy": str(p)} for s in samples for p in chosen]
+        _emit(as_json, units, f"{len(units)} units: {len(samples)} samples x {len(chosen)} policies, and the full cache")
+        return
+    config = InferConfig(
+        task=task, model=model, n=n, length=length, seed=seed,
+        compress_at=compress_at,  # type: ignore[arg-type]
+        kernel=kernel,
+    )  # fmt: skip
+    summary = run_infer(config, loaded, samples, chosen, out)
+    _emit(as_json, summary, summary.text())
+
+
+def _at_budgets(texts: tuple[str, ...], retention: str) -> list[Policy]:
+    from kvtool.policies import expand_policies
+
+    return expand_policies(texts, _budgets(retention))
+
+
+def _shortlisted(path: Path) -> list[Policy]:
+    from kvtool.simulate.shortlist import read_shortlist
+
+    return read_shortlist(path)
+
+
+@cli.group()
+def analyze() -> None:
+    """Put prediction and reality side by side: report, fidelity."""
+
+
+@analyze.command("report")
+@click.argument("simulate_dir", type=click.Path(path_type=Path))
+@click.argument("infer_dir", type=click.Path(path_type=Path))
+@out_option("report", "Folder to write.")
+@json_option
+def analyze_report(simulate_dir: Path, infer_dir: Path, out: Path, as_json: bool) -> None:
+    """Tables, figures and report.html from a simulate and an infer folder ('-' for no simulate folder).
+
+    \b
+    kvtool analyze report sim run -o report
+    kvtool analyze report - run -o report
+    """
+    from kvtool.analysis.runner import run_analyze
+
+    summary = run_analyze(None if str(simulate_dir) == "-" else simulate_dir, infer_dir, out)
+    _emit(as_json, summary, summary.text())
+
+
+@analyze.command("fidelity")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--draws", default=2000, show_default=True, help="Bootstrap draws over prompts.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write fidelity.json and fidelity.md here.")
+@json_option
+def analyze_fidelity(folders: tuple[Path, ...], draws: int, seed: int, out: Path | None, as_json: bool) -> None:
+    """How well the offline ranking agrees with reality: Kendall tau-b within each budget, with intervals.
+
+    FOLDERS are pairs: simulate folder, infer folder, and so on.
+
+    \b
+    kvtool analyze fidelity sim1024 run1024 sim2048 run2048
+    """
+    from kvtool.analysis.runner import run_fidelity
+
+    if len(folders) % 2:
+        raise click.UsageError("give pairs of folders: simulate folder, infer folder, ...")
+    pairs = list(zip(folders[::2], folders[1::2], strict=True))
+    result = run_fidelity(pairs, draws=draws, seed=seed, out=out)
+    _emit(as_json, result, result.text())
+
+
+@cli.command()
+@model_options
+@click.option("--length", default=1024, show_default=True, help="Prompt length in tokens.")
+@click.option("--n", "-n", default=16, show_default=True, help="Prompts to capture, and as many fresh ones to run.")
+@out_option("kvtool-demo", "Folder to write.")
+@json_option
+def demo(model: str, device: str, dtype: str, length: int, n: int, out: Path, as_json: bool) -> None:
+    """Capture, classify, simulate, infer and analyze on needle prompts; prints the table and where the report is.
+
+    \b
+    kvtool demo
+    kvtool demo --length 2048 -n 32 -o demo2048
+    """
+    from kvtool.demo import DemoConfig, run_demo
+
+    loaded = _load(model, device, dtype)
+    summary = run_demo(DemoConfig(model=model, length=length, n=n), loaded, out)
+    _emit(as_json, summary, summary.text())
+
+
+@cli.group(invoke_without_command=True)
+@json_option
+@click.pass_context
+def policies(ctx: click.Context, as_json: bool) -> None:
+    """List the policies; 'policies show NAME' tells one in full.
+
+    \b
+    kvtool policies
+    kvtool policies show snapkv
+    """
+    if ctx.invoked_subcommand is None:
+        from kvtool.policies import method_classes
+
+        rows = [_policy_facts(name) for name in method_classes()]
+        width = max(len(r["name"]) for r in rows)
+        lines = [f"{r['name']:<{width}}  {r['summary']}{_parameter_text(r['parameters'])}" for r in rows]
+        _emit(as_json, rows, "\n".join(lines))
+
+
+@policies.command("show")
+@click.argument("name")
+@json_option
+def policies_show(name: str, as_json: bool) -> None:
+    """Formula, defaults, source and needs of one policy."""
+    facts = _policy_facts(name)
+    lines = [
+        f"{facts['name']}: {facts['summary']}",
+        f"  formula     {facts['formula']}",
+        f"  parameters  {_parameter_text(facts['parameters']).strip(' ()') or 'none'}",
+        f"  source      {facts['source']}",
+        f"  needs       {', '.join(facts['needs']) or 'no statistics'}",
+        f"  protects    {facts['protected']} entries at its defaults",
+        "",
+        facts["doc"],
+    ]
+    _emit(as_json, facts, "\n".join(lines))
+
+
+def _policy_facts(name: str) -> dict[str, Any]:
+    import inspect
+
+    from kvtool.policies import method_class
+
+    cls = method_class(name)
+    method = cls()
+    parts = method.parts()
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "formula": cls.formula,
+        "source": cls.source,
+        "parameters": method.parameters(),
+        "needs": list(parts.needs()),
+        "protected": parts.selector.protected,
+        "doc": inspect.getdoc(cls) or "",
+    }
+
+
+def _parameter_text(parameters: dict[str, Any]) -> str:
+    return f"  ({', '.join(f'{k}={v}' for k, v in parameters.items())})" if parameters else ""
+
+
+@cli.command()
+@json_option
+def tasks(as_json: bool) -> None:
+    """List the tasks and their options.
+
+    \b
+    kvtool tasks
+    """
+    from kvtool.data.tasks import TASKS
+
+    rows = [{"name": name, "summary": task.summary, "options": task.options} for name, task in TASKS.items()]
+    summary = "your own prompts, one JSON object a line: context, question, answers, optional id, metric, max_new_tokens"
+    rows.append({"name": "file:PATH.jsonl", "summary": summary, "options": {}})
+    lines = []
+    for row in rows:
+        lines.append(f"{row['name']}: {row['summary']}")
+        lines += [f"    {key}={'...':<5} {text}" for key, text in dict(row["options"]).items()]  # type: ignore[call-overload]
+    _emit(as_json, rows, "\n".join(lines))
+
+
+def main() -> None:
+    """Entry point of the ``kvtool`` command."""
+    cli(prog_name="kvtool")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
