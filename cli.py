@@ -74,7 +74,9 @@ def sample_options(command: Command) -> Command:
     """Options that choose the prompts."""
     for option in (
         click.option("--seed", default=0, show_default=True, help="Seed of the prompts."),
-        click.option("--length", default=1024, show_default=True, help="Prompt length in tokens, for tasks that build prompts."),
+        click.option(
+            "--length", default=1024, show_default=True, help="Prompt length in tokens, for tasks that build prompts."
+        ),
         click.option("--n", "-n", default=16, show_default=True, help="Number of prompts."),
         click.option("--task", "-t", default="niah", show_default=True, help="Task; see: kvtool tasks."),
     ):
@@ -103,10 +105,20 @@ def out_option(default: str, what: str) -> Callable[[Command], Command]:
 def policy_options(command: Command) -> Command:
     """Which policies at which budgets."""
     for option in (
-        click.option("--retention", "-r", default=DEFAULT_RETENTIONS, show_default=True,
-                     help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries."),  # fmt: skip
-        click.option("--policy", "-p", "policies", multiple=True,
-                     help="Policy, e.g. snapkv:window=16 or h2o:budget=10%; repeat for several. Default: all registered."),  # fmt: skip
+        click.option(
+            "--retention",
+            "-r",
+            default=DEFAULT_RETENTIONS,
+            show_default=True,
+            help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries.",
+        ),  # fmt: skip
+        click.option(
+            "--policy",
+            "-p",
+            "policies",
+            multiple=True,
+            help="Policy, e.g. snapkv:window=16 or h2o:budget=10%; repeat for several. Default: all registered.",
+        ),  # fmt: skip
     ):
         command = option(command)
     return command

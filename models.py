@@ -208,7 +208,9 @@ def _windows(config: Any) -> tuple[int | None, ...]:
         return (width,) * n_layers
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise UnsupportedModelError(f"layers of kind {', '.join(unknown)} have no KV cache of full attention; kvtool cannot serve them")
+        raise UnsupportedModelError(
+            f"layers of kind {', '.join(unknown)} have no KV cache of full attention; kvtool cannot serve them"
+        )
     return tuple(width if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -386,3 +388,33 @@ def _dense_mask(call: AttentionCall, n_new: int, n_keys: int) -> Tensor:
         # A padded query sees itself, so that its (unused) row stays finite.
         visible = (visible & call.padding[:, None, None, :].bool()) | (columns == rows)[None, None]
     return visible
+
+
+def seen_cache(seq_len: int, n_layers: int) -> Any:
+    """Return a transformers cache that has seen `seq_len` tokens and hands back only the new ones.
+
+    Position ids and masks follow from its length, for every architecture; an attention handler adds the earlier entries itself.
+    """
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    class SeenLayer(CacheLayerMixin):  # type: ignore[misc]
+        is_sliding = False
+
+        def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+            self.is_initialized = True
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            return key_states, value_states
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return seq_len + int(query_length), 0
+
+        def get_seq_length(self) -> int:
+            return seq_len
+
+        def get_max_length(self) -> int:
+            return -1
+
+        get_max_cache_shape = get_max_length  # name in older releases of transformers
+
+    return Cache(layers=[SeenLayer() for _ in range(n_layers)])

@@ -29,7 +29,11 @@ def accuracy(loaded: LoadedModel, spec: str, length: int, n: int) -> float:
         ids = torch.tensor([encoded.prompt_ids], device=loaded.device)
         with torch.no_grad():
             out = loaded.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(encoded.answer_ids), do_sample=False, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=len(encoded.answer_ids),
+                do_sample=False,
+                pad_token_id=0,
             )
         hits += score("exact", loaded.tokenizer.decode(out[0, ids.shape[1] :]), encoded.sample.answers)
     return hits / n

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvtool.data.needles import NOUNS, QUESTIONS, Fact, draw_facts
-from kvtool.data.tasks import Encoded, Sample, TaskRequest, first_ids, encode_text, int_option, text_tokens
+from kvtool.data.tasks import Encoded, Sample, TaskRequest, encode_text, first_ids, int_option, text_tokens
 from kvtool.errors import ConfigError
 
 KINDS = ("single", "multikey", "multivalue")
@@ -65,7 +65,9 @@ def _one(
     spots = [_spot(rng, n_filler, depth if own else None) for own, _ in statements]
     own_spots = sorted(s for s, (own, _) in zip(spots, statements, strict=True) if own)
     spots = own_spots + spots[len(own_spots) :]
-    context, evidence = _insert(filler, [(s, own, ids) for s, (own, ids) in zip(spots, statements, strict=True)], stops, len(first))
+    context, evidence = _insert(
+        filler, [(s, own, ids) for s, (own, ids) in zip(spots, statements, strict=True)], stops, len(first)
+    )
     sample = Sample(
         id=f"niah-{kind}-{request.length}-s{request.seed}-{index:04d}",
         context=tokenizer.decode(context),

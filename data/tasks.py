@@ -155,7 +155,9 @@ def load_task(spec: str, tokenizer: Any, n: int, length: int = 1024, seed: int =
     task = TASKS[name]
     if unknown := sorted(set(options) - set(task.options)):
         known_text = ", ".join(task.options)
-        raise ConfigError(f"task {name!r} has no option {unknown[0]!r}.{near_matches(unknown[0], task.options)} Known: {known_text}")
+        raise ConfigError(
+            f"task {name!r} has no option {unknown[0]!r}.{near_matches(unknown[0], task.options)} Known: {known_text}"
+        )
     return task.build(TaskRequest(n, length, seed, options), tokenizer)
 
 

@@ -75,9 +75,7 @@ class Recipe:
         if step <= start:
             return self.learning_rate
         progress = (step - start) / (self.n_steps - start)
-        return self.learning_rate * (
-            self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-        )
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
@@ -270,9 +268,7 @@ def optimizers_of(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Op
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))]
     if recipe.muon:
         optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
 
@@ -327,7 +323,15 @@ def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float) -> Non
                 optimizer.step()
             step += 1
             now = time.monotonic()
-            line = {"step": step, "length": length, "loss": float(loss), "text": float(plain), "answer": float(answer), "activity": float(activity), "off_sink": float(off_sink)}
+            line = {
+                "step": step,
+                "length": length,
+                "loss": float(loss),
+                "text": float(plain),
+                "answer": float(answer),
+                "activity": float(activity),
+                "off_sink": float(off_sink),
+            }
             log.write(json.dumps({**line, "minutes": (spent_s + now - started) / 60}) + "\n")
             log.flush()
             stopping = now - started > 60 * max_minutes
@@ -344,7 +348,9 @@ def export(out: Path, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    recipe = Recipe(**{**json.loads(state["recipe"]), "curriculum": tuple(map(tuple, json.loads(state["recipe"])["curriculum"]))})
+    recipe = Recipe(
+        **{**json.loads(state["recipe"]), "curriculum": tuple(map(tuple, json.loads(state["recipe"])["curriculum"]))}
+    )
     model = build_model(recipe)
     model.load_state_dict(state["model"])
     model.config._attn_implementation = "sdpa"

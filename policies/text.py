@@ -96,7 +96,9 @@ def _convert(name: str, key: str, value: Any, hint: Any) -> Any:
     try:
         return hint(str(value))
     except ValueError as error:
-        raise ConfigError(f"policy {name!r}: {key}={value!r} is not {'a whole number' if hint is int else 'a number'}") from error
+        raise ConfigError(
+            f"policy {name!r}: {key}={value!r} is not {'a whole number' if hint is int else 'a number'}"
+        ) from error
 
 
 def check_range(name: str, key: str, value: float, low: float, high: float = float("inf")) -> None:

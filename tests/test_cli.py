@@ -46,7 +46,15 @@ def chain(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 
 
 def test_chain_leaves_its_files(chain: Path) -> None:
-    for name in ("c.h5", "heads.json", "sim/ranking.jsonl", "sim/shortlist.yaml", "sim/ranking.png", "run/records.jsonl", "report/report.html"):
+    for name in (
+        "c.h5",
+        "heads.json",
+        "sim/ranking.jsonl",
+        "sim/shortlist.yaml",
+        "sim/ranking.png",
+        "run/records.jsonl",
+        "report/report.html",
+    ):
         assert (chain / name).stat().st_size > 0, name
     records = [json.loads(line) for line in (chain / "run/records.jsonl").read_text().splitlines()]
     assert len(records) == 3 * (1 + 5 * 2)
@@ -126,7 +134,9 @@ def test_capture_of_another_model(chain: Path, tmp_path: Path, random_model: Cal
     assert "another model" in result.stderr or "other model" in result.stderr
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in cli.commands), ("analyze", "report"), ("analyze", "fidelity"), ("policies", "show")])
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in cli.commands), ("analyze", "report"), ("analyze", "fidelity"), ("policies", "show")]
+)
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0

@@ -76,7 +76,9 @@ def test_full_disk_is_one_line_and_earlier_output_survives(tmp_path: Path) -> No
         "try: write_text(path.with_name('old.txt'), 'y' * 5000)\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(path)], preexec_fn=limit_file_size, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(path)], preexec_fn=limit_file_size, capture_output=True, text=True, check=True
+    )
     assert run.stdout.count(CapacityError.__name__) == 2
     assert "no space left" in run.stdout
     assert read_records(path) == [{"a": 1}]

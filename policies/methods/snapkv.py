@@ -36,7 +36,9 @@ class SnapKV(Method):
         check_range(self.name, "kernel", self.kernel, 1)
         check_range(self.name, "sink", self.sink, 0)
         if self.kernel % 2 == 0:
-            raise ConfigError(f"policy 'snapkv': kernel={self.kernel} is even; an odd kernel keeps scores aligned with positions")
+            raise ConfigError(
+                f"policy 'snapkv': kernel={self.kernel} is even; an odd kernel keeps scores aligned with positions"
+            )
 
     def parts(self) -> Parts:
         scorer = WindowAttention(self.window, self.kernel, self.pool, self.group)

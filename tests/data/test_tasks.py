@@ -50,7 +50,10 @@ def test_depth(byte_tokenizer: Any) -> None:
 def test_fact_sentences() -> None:
     fact = Fact("door code", "calm wizard", ("12345",))
     assert fact.statements() == [" The door code of the calm wizard is 12345."]
-    assert fact.question(0) == "\n\nQuestion: What is the door code of the calm wizard?\nAnswer: The door code of the calm wizard is"
+    assert (
+        fact.question(0)
+        == "\n\nQuestion: What is the door code of the calm wizard?\nAnswer: The door code of the calm wizard is"
+    )
     assert fact.answer() == " 12345."
 
 

@@ -35,7 +35,8 @@ def test_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seq_len", "entries"), [("1%", 4096, 41), ("0.5%", 4096, 20), ("0.5%", 100, 1), ("0.1%", 10, 1), ("64", 10, 10), ("100%", 7, 7)]
+    ("text", "seq_len", "entries"),
+    [("1%", 4096, 41), ("0.5%", 4096, 20), ("0.5%", 100, 1), ("0.1%", 10, 1), ("64", 10, 10), ("100%", 7, 7)],
 )
 def test_resolve(text: str, seq_len: int, entries: int) -> None:
     assert Budget.parse(text).resolve(seq_len) == entries
@@ -48,6 +49,11 @@ def test_resolve_is_within_half_an_entry_and_in_range(retention: Decimal, seq_le
     assert entries == 1 or abs(entries - retention * seq_len) <= Decimal("0.5")
 
 
-@given(st.one_of(st.integers(1, 10**6).map(lambda n: Budget(entries=n)), st.integers(1, 10_000).map(lambda n: Budget(retention=Decimal(n) / 10_000))))
+@given(
+    st.one_of(
+        st.integers(1, 10**6).map(lambda n: Budget(entries=n)),
+        st.integers(1, 10_000).map(lambda n: Budget(retention=Decimal(n) / 10_000)),
+    )
+)
 def test_text_round_trip(budget: Budget) -> None:
     assert Budget.parse(str(budget)) == budget

@@ -1,0 +1,1 @@
+"""Stage 4: the compressed cache for real - ragged storage, attention kernels, generation, measurement."""

@@ -1,0 +1,196 @@
+"""Prefill once, compress many times, decode, and measure: the steps of one inference run.
+
+Shapes: T prompt tokens, N tokens fed after compression, M answer tokens that compression can change, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvtool.errors import KvtoolError
+from kvtool.infer.cache import CompressedCache
+from kvtool.infer.live import Kept, PromptLayer, choose, clock, observe
+from kvtool.infer.ragged import ROOM
+from kvtool.models import AttentionCall, attention_handler, dense_attention, prepare
+from kvtool.policies.base import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PromptState:
+    """A prompt after its forward pass, from which any number of compressed caches are built.
+
+    Attributes
+    ----------
+    layers : tuple of PromptLayer
+    logits : Tensor ``[V]``
+        Of the last token.
+    seq_len : int
+        T.
+    seed : int
+        For policies that draw.
+    forward_s : float
+        Time of the forward pass without statistics.
+    statistic_s : dict of str to float
+        Time of each statistic, all layers.
+    """
+
+    layers: tuple[PromptLayer, ...]
+    logits: Tensor
+    seq_len: int
+    seed: int
+    forward_s: float
+    statistic_s: dict[str, float]
+
+    def choose(self, policy: Policy) -> Kept:
+        """Return what `policy` keeps.
+
+        Raises
+        ------
+        ConfigError
+            The budget is smaller than the protected entries.
+        """
+        return choose(policy, self.layers, len(self.layers), [self.seed])
+
+    def fork(self, policy: Policy, kept: Kept, *, kernel: str = "auto", room: int = ROOM) -> CompressedCache:
+        """Build a cache that holds `kept`; the state is left as it is."""
+        return CompressedCache.from_prompt(policy, self.layers, kept, kernel=kernel, room=room)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Greedy decoding.
+
+    Attributes
+    ----------
+    ids : list of int
+        New tokens, a final end-of-text token included.
+    first_s : float
+        Time to feed the tokens before the first new one (0 where its logits were there already).
+    step_s : list of float
+        Time of each further token.
+    """
+
+    ids: list[int]
+    first_s: float
+    step_s: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScores:
+    """Teacher-forced answer: what the model thinks of each gold token that compression can change.
+
+    Attributes
+    ----------
+    nll, margin : list of float
+        Per token: negative log-likelihood; gold logit minus log-sum-exp of the others.
+    hits : list of bool
+        Gold token is the argmax.
+    """
+
+    nll: list[float]
+    margin: list[float]
+    hits: list[bool]
+
+
+def prefill(model: Any, ids: Sequence[int], names: Iterable[str], seed: int) -> PromptState:
+    """Run a prompt once, full attention, and keep what any policy that needs the statistics `names` can ask for.
+
+    Parameters
+    ----------
+    model : transformers model
+    ids : sequence of int
+        Prompt tokens, no padding.
+    names : iterable of str
+        Statistics, see `kvtool.policies.statistics.KINDS`.
+    seed : int
+        Seed of the sample.
+    """
+    import torch
+
+    wanted, layers = tuple(names), []
+
+    def handler(call: AttentionCall) -> Tensor:
+        out = dense_attention(call)
+        layers.append(observe(call, wanted))
+        return out
+
+    prepare(model)  # stays: the caches built from this prompt need it, and others compute what SDPA computes
+    device = model.device
+    started = clock(device)
+    with torch.no_grad(), attention_handler(model, handler):
+        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False, logits_to_keep=1).logits[0, -1]
+    total = clock(device) - started
+    if [layer.layer for layer in layers] != list(range(len(layers))):
+        raise KvtoolError("the model did not call kvtool's attention once per layer, in order; it cannot be compressed")
+    seconds = {name: sum(layer.seconds.get(name, 0.0) for layer in layers) for name in wanted}
+    return PromptState(tuple(layers), logits.clone(), len(ids), seed, total - sum(seconds.values()), seconds)
+
+
+def feed(model: Any, cache: CompressedCache, ids: Sequence[int], *, last_only: bool = False) -> Tensor:
+    """Feed tokens on top of a cache and return their logits, ``[N, V]`` (or ``[1, V]``)."""
+    import torch
+
+    tokens = torch.tensor([list(ids)], device=model.device)
+    with torch.no_grad():
+        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0)
+    return out.logits[0]  # type: ignore[no-any-return]
+
+
+def generate(
+    model: Any, state: PromptState, cache: CompressedCache, question: Sequence[int], n_max: int, stops: Iterable[int]
+) -> Generation:
+    """Decode greedily.
+
+    Parameters
+    ----------
+    question : sequence of int
+        Tokens to feed first (`compress_at` context); empty: the first token comes from the prompt's own logits.
+    n_max : int
+        Most new tokens.
+    stops : iterable of int
+        End-of-text tokens.
+    """
+    device, ends = model.device, frozenset(stops)
+    started = clock(device)
+    logits = feed(model, cache, question, last_only=True)[-1] if question else state.logits
+    ids = [int(logits.argmax())]
+    first_s = clock(device) - started if question else 0.0
+    steps: list[float] = []
+    while len(ids) < n_max and ids[-1] not in ends:
+        started = clock(device)
+        ids.append(int(feed(model, cache, ids[-1:], last_only=True)[-1].argmax()))
+        steps.append(clock(device) - started)
+    return Generation(ids, first_s, steps)
+
+
+def score_answer(model: Any, cache: CompressedCache, question: Sequence[int], answer: Sequence[int]) -> AnswerScores:
+    """Feed question and gold answer teacher-forced, and score the tokens that compression can change.
+
+    With a question these are all answer tokens; without one the first answer token comes from the uncompressed prompt
+    and is left out.
+    """
+    fed = [*question, *answer[:-1]]
+    gold = list(answer) if question else list(answer[1:])
+    if not gold:
+        return AnswerScores([], [], [])
+    return score_logits(feed(model, cache, fed)[-len(gold) :], gold)
+
+
+def score_logits(logits: Tensor, gold: Sequence[int]) -> AnswerScores:
+    """Score gold tokens under logits ``[M, V]``."""
+    import torch
+
+    rows = logits.float()
+    ids = torch.tensor(list(gold), device=rows.device)
+    own = rows.gather(1, ids[:, None])[:, 0]
+    others = rows.scatter(1, ids[:, None], float("-inf")).logsumexp(dim=1)
+    return AnswerScores(
+        nll=(rows.logsumexp(dim=1) - own).tolist(),
+        margin=(own - others).tolist(),
+        hits=(rows.argmax(dim=1) == ids).tolist(),
+    )

@@ -1,0 +1,262 @@
+"""One (sample, policy): compress, score the gold answer, decode, count - and write it all into a record."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvtool.data.metrics import score
+from kvtool.errors import ConfigError, KvtoolError
+from kvtool.files import config_hash
+from kvtool.infer.generate import AnswerScores, Generation, PromptState, generate, score_answer
+from kvtool.infer.live import Kept, clock
+from kvtool.infer.ragged import ROOM
+from kvtool.policies.base import Policy
+from kvtool.policies.text import method_key
+
+if TYPE_CHECKING:
+    from kvtool.data.tasks import Encoded
+    from kvtool.infer.ragged import StoreBytes
+    from kvtool.models import LoadedModel
+
+#: Allowed difference between planned and measured bytes, slack apart.
+BYTES_TOLERANCE = 0.01
+
+#: Fields of a record that only a finished unit has.
+RESULTS = (
+    *("retention", "entries", "prediction", "prediction_ids", "n_generated", "score"),
+    *("answer_accuracy", "answer_exact", "answer_nll", "answer_margin"),
+    *("kv_bytes_planned", "kv_bytes_prompt_end", "kv_bytes_generation_end", "kv_bytes_full", "slack_bytes"),
+    *("ttft_s", "compress_s", "tpot_s", "total_s", "kernel"),
+)
+
+#: Most free entries per row that a run reserves ahead; longer generations grow the stores.
+MOST_ROOM = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one record is about.
+
+    Attributes
+    ----------
+    encoded : Encoded
+    policy : Policy
+    compress_at : str
+    n_new, n_answer : int
+        Most new tokens; most answer tokens that are fed teacher-forced.
+    kernel : str
+    """
+
+    encoded: Encoded
+    policy: Policy
+    compress_at: str
+    n_new: int
+    n_answer: int
+    kernel: str
+
+    @property
+    def key(self) -> str:
+        """Hash that names the record; everything else that decides the result is in ``run.json``."""
+        return config_hash({"sample": self.encoded.sample.id, "policy": str(self.policy)})
+
+    @property
+    def compressed_ids(self) -> list[int]:
+        """Tokens that are compressed: the prompt, or its context."""
+        return self.encoded.context_ids if self.compress_at == "context" else self.encoded.prompt_ids
+
+    @property
+    def fed_ids(self) -> list[int]:
+        """Question tokens that are fed on top of the compressed cache."""
+        return self.encoded.question_ids if self.compress_at == "context" else []
+
+    def blank(self, status: str, message: str | None) -> dict[str, Any]:
+        """Return the record of a unit without results; `measure` fills it."""
+        policy, sample, seq_len = self.policy, self.encoded.sample, len(self.compressed_ids)
+        return {
+            "unit": self.key,
+            "sample": sample.id,
+            "policy": str(policy),
+            "method": method_key(policy),
+            "budget": None if policy.budget is None else str(policy.budget),
+            "planned_entries": seq_len if policy.budget is None else policy.budget.resolve(seq_len),
+            "seq_len": seq_len,
+            "n_prompt": len(self.encoded.prompt_ids),
+            "compress_at": self.compress_at,
+            "status": status,
+            "message": message,
+            "degenerate": policy.is_degenerate(seq_len),
+            "metric": sample.metric,
+            "shared_prefill": True,
+            "meta": dict(sample.meta),
+            **dict.fromkeys(RESULTS),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Entries and bytes that a policy should keep of a prompt.
+
+    Attributes
+    ----------
+    entries : int
+        Mean per KV head over compressible layers.
+    n_compressible : int
+        Layers that a policy touches.
+    total_bytes, full_bytes : int
+        Bytes of keys and values after compression, and without it.
+    """
+
+    entries: int
+    n_compressible: int
+    total_bytes: int
+    full_bytes: int
+
+
+def plan(policy: Policy, state: PromptState) -> Plan:
+    """Work out what a policy should keep.
+
+    Raises
+    ------
+    ConfigError
+        The budget is smaller than the protected entries, or no layer can be compressed at this length.
+    """
+    entries, planned, full, n_compressible = policy.entries(state.seq_len), 0, 0, 0
+    for layer in state.layers:
+        per_entry = layer.keys.shape[-1] * layer.keys.element_size() + layer.values.shape[-1] * layer.values.element_size()
+        n_heads, free = int(layer.keys.shape[1]), layer.compressible(0)
+        visible = state.seq_len if free or layer.window is None else min(state.seq_len, layer.window - 1)
+        n_compressible += free
+        planned += per_entry * n_heads * (entries if free else visible)
+        full += per_entry * n_heads * visible
+    if not n_compressible and not policy.method.keeps_all:
+        raise ConfigError(
+            f"policy {policy}: every layer has a sliding window shorter than the {state.seq_len} tokens; "
+            "nothing can be compressed"
+        )
+    return Plan(entries, n_compressible, planned, full)
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """What is right.
+
+    Attributes
+    ----------
+    ids : list of int
+        Answer tokens that are fed teacher-forced.
+    texts : list of str
+        Answers that the prediction is scored against.
+    from_model : bool
+        The task has no gold answer, the full cache's own one stands for it.
+    """
+
+    ids: list[int]
+    texts: list[str]
+    from_model: bool = False
+
+
+def measure(loaded: LoadedModel, unit: Unit, state: PromptState, planned: Plan, gold: Gold | None) -> dict[str, Any]:
+    """Run one unit and return its record.
+
+    Parameters
+    ----------
+    state : PromptState
+        Of the unit's `compressed_ids`, with the statistics that its policy needs.
+    planned : Plan
+        From `plan`.
+    gold : Gold or None
+        None: what this very unit generates.
+
+    Raises
+    ------
+    KvtoolError
+        The cache does not hold what was planned.
+    """
+    model, policy, question = loaded.model, unit.policy, unit.fed_ids
+    started = clock(loaded.device)
+    kept = state.choose(policy)
+    chosen = clock(loaded.device)
+    room = min(MOST_ROOM, max(ROOM, len(question) + unit.n_new))
+    built = clock(loaded.device)
+    cache = state.fork(policy, kept, kernel=unit.kernel, room=room)
+    statistics_s = sum(state.statistic_s[name] for name in policy.method.parts().needs())
+    compress_s = statistics_s + (chosen - started) + (clock(loaded.device) - built)
+    at_prompt = cache.count_bytes()
+    entries = check_plan(policy, planned, state, kept, at_prompt)
+    made = generate(model, state, cache, question, unit.n_new, stop_tokens(model))
+    text = loaded.tokenizer.decode(made.ids, skip_special_tokens=True)
+    gold = gold or Gold(made.ids[: unit.n_answer], [text], from_model=True)
+    # A second cache from the same kept sets: the first one holds the generated tokens by now.
+    scores = score_answer(model, state.fork(policy, kept, kernel=unit.kernel), question, gold.ids)
+    ttft_s = state.forward_s + compress_s + made.first_s
+    record = unit.blank("ok", None)
+    if gold.from_model:
+        record["meta"]["answer_source"] = "full-cache"
+    return {
+        **record,
+        "retention": entries / state.seq_len,
+        "entries": entries,
+        "prediction": text,
+        "prediction_ids": made.ids,
+        "n_generated": len(made.ids),
+        "score": score(unit.encoded.sample.metric, text, gold.texts) if gold.texts else None,
+        **_answer_fields(scores),
+        "kv_bytes_planned": planned.total_bytes,
+        "kv_bytes_prompt_end": at_prompt.allocated,
+        "kv_bytes_generation_end": cache.count_bytes().allocated,
+        "kv_bytes_full": planned.full_bytes,
+        "slack_bytes": at_prompt.slack,
+        **_times(ttft_s, compress_s, made),
+        "kernel": cache.kernel_name,
+    }
+
+
+def check_plan(policy: Policy, planned: Plan, state: PromptState, kept: Kept, held: StoreBytes) -> float:
+    """Compare what the cache holds with the plan; return the mean entries per KV head over compressible layers.
+
+    Raises
+    ------
+    KvtoolError
+        They differ: the policy's allocator or the storage is at fault, and no result may be written.
+    """
+    counts = [len(p) for layer, rows in zip(state.layers, kept, strict=True) if layer.compressible(0) for p in rows[0]]
+    mean = sum(counts) / len(counts) if counts else float(state.seq_len)
+    if counts and sum(counts) != planned.entries * len(counts):
+        raise KvtoolError(
+            f"policy {policy} kept {mean:.3f} entries per KV head, {planned.entries} were planned: "
+            "its allocator breaks the budget"
+        )
+    if abs(held.allocated - held.slack - planned.total_bytes) > BYTES_TOLERANCE * planned.total_bytes:
+        raise KvtoolError(
+            f"policy {policy}: the cache holds {held.allocated - held.slack} bytes (and {held.slack} of slack), "
+            f"{planned.total_bytes} were planned"
+        )
+    return mean
+
+
+def stop_tokens(model: Any) -> tuple[int, ...]:
+    """Return the model's end-of-text tokens."""
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(end) if isinstance(end, list | tuple) else () if end is None else (int(end),)
+
+
+def _answer_fields(scores: AnswerScores) -> dict[str, float | None]:
+    if not scores.hits:
+        return dict.fromkeys(("answer_accuracy", "answer_exact", "answer_nll", "answer_margin"))
+    return {
+        "answer_accuracy": statistics.fmean(scores.hits),
+        "answer_exact": float(all(scores.hits)),
+        "answer_nll": statistics.fmean(scores.nll),
+        "answer_margin": statistics.fmean(scores.margin),
+    }
+
+
+def _times(ttft_s: float, compress_s: float, made: Generation) -> dict[str, float | None]:
+    return {
+        "ttft_s": ttft_s,
+        "compress_s": compress_s,
+        "tpot_s": statistics.median(made.step_s) if made.step_s else None,
+        "total_s": ttft_s + sum(made.step_s),
+    }

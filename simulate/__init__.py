@@ -1,0 +1,1 @@
+"""Stage 3: rank policies and budgets offline from a capture."""

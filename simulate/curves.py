@@ -1,0 +1,150 @@
+"""Predicted harm of a kept set, at every budget at once: one order per head, one gather, prefix sums at the cuts.
+
+Shapes: L layers, H KV heads, G query heads per KV head, Q = H G, P probe tokens, T positions, N cuts (configurations).
+
+First-order change of the answer's margins when only S is kept, per (layer, query head, probe token), own probe tokens
+always kept: ``(sum_S b + b_own) / (sum_S a + a_own) - (sum_all b + b_own)``, a = attention, b = gain. The *harm* is minus the
+sum of the negative changes only: gains predicted to first order do not come true, losses do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTable:
+    """Probes of one sample, laid out so that one position is one contiguous row.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (L, H, T, 2 G P), float32
+        Attention, then gain, of the group's query heads and probe tokens.
+    own_attention, own_gain : ndarray of shape (L, H, G P), float64
+        Of the probe tokens' own entries, never evicted.
+    total_gain : ndarray of shape (L, H, G P), float64
+        Sum over all entries, own ones included.
+    """
+
+    rows: NDArray[np.float32]
+    own_attention: Float
+    own_gain: Float
+    total_gain: Float
+
+    @property
+    def n_kv_heads(self) -> int:
+        return int(self.rows.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Predictions for N configurations of one sample.
+
+    Attributes
+    ----------
+    harm : ndarray of shape (N,)
+        Minus the sum of the negative first-order margin changes; smaller is better.
+    margin_change : ndarray of shape (N,)
+        Signed sum of all changes.
+    layer_harm : ndarray of shape (N,)
+        Largest harm of one layer.
+    recall : ndarray of shape (N,)
+        Mean share of the prompt's attention mass that is kept.
+    """
+
+    harm: Float
+    margin_change: Float
+    layer_harm: Float
+    recall: Float
+
+
+def probe_table(
+    attention: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    own_attention: NDArray[np.float32],
+    own_gain: NDArray[np.float32],
+    n_kv_heads: int,
+) -> ProbeTable:
+    """Lay out the probes of one sample.
+
+    Parameters
+    ----------
+    attention, gain : ndarray of shape (L, Q, P, T)
+    own_attention, own_gain : ndarray of shape (L, Q, P)
+    n_kv_heads : int
+    """
+    n_layers, n_heads, n_probe, seq_len = attention.shape
+    columns = n_heads // n_kv_heads * n_probe
+
+    def by_position(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return values.reshape(n_layers, n_kv_heads, columns, seq_len).transpose(0, 1, 3, 2)
+
+    rows = np.ascontiguousarray(np.concatenate([by_position(attention), by_position(gain)], axis=-1), dtype=np.float32)
+    own_a = own_attention.reshape(n_layers, n_kv_heads, columns).astype(np.float64)
+    own_b = own_gain.reshape(n_layers, n_kv_heads, columns).astype(np.float64)
+    total = rows[..., columns:].sum(axis=2, dtype=np.float64) + own_b
+    return ProbeTable(rows, own_a, own_b, total)
+
+
+def kept_sums(table: ProbeTable, order: Int, counts: Int) -> Float:
+    """Sum attention and gain over the first entries of each head's order.
+
+    Parameters
+    ----------
+    table : ProbeTable
+    order : ndarray of shape (L, H, T)
+        Positions in the order in which they are kept.
+    counts : ndarray of shape (N, L, H)
+        Entries kept.
+
+    Returns
+    -------
+    ndarray of shape (N, L, H, 2 G P)
+    """
+    n_layers, n_heads, _, n_columns = table.rows.shape
+    sums = np.zeros((len(counts), n_layers, n_heads, n_columns))
+    for layer in range(n_layers):
+        for head in range(n_heads):
+            cuts, back = np.unique(counts[:, layer, head], return_inverse=True)
+            positive = cuts[cuts > 0]
+            prefix = np.zeros((len(cuts), n_columns))
+            if len(positive):
+                kept = table.rows[layer, head].take(order[layer, head, : positive[-1]], axis=0)
+                starts = np.concatenate([[0], positive[:-1]])
+                prefix[len(cuts) - len(positive) :] = np.add.reduceat(kept, starts, axis=0, dtype=np.float64).cumsum(axis=0)
+            sums[:, layer, head] = prefix[back]
+    return sums
+
+
+def curves(table: ProbeTable, order: Int, counts: Int) -> Curves:
+    """Predict N configurations that share one order per head.
+
+    Parameters
+    ----------
+    table : ProbeTable
+    order : ndarray of shape (L, H, T)
+    counts : ndarray of shape (N, L, H)
+        Entries kept per layer and KV head; they may differ per head.
+    """
+    sums = kept_sums(table, order, counts)
+    columns = sums.shape[-1] // 2
+    attention, gain = sums[..., :columns], sums[..., columns:]
+    mass = attention + table.own_attention
+    # No mass at all: nothing kept and no own token; the head's output is then taken as 0, as is its gain.
+    mean_gain = np.divide(gain + table.own_gain, mass, out=np.zeros_like(mass), where=mass > 0)
+    change = mean_gain - table.total_gain
+    negative = -np.minimum(change, 0.0).sum(axis=(2, 3))
+    prompt_mass = table.rows[..., :columns].sum(axis=2, dtype=np.float64)
+    share = np.divide(attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)
+    return Curves(
+        harm=negative.sum(axis=1),
+        margin_change=change.sum(axis=(1, 2, 3)),
+        layer_harm=negative.max(axis=1),
+        recall=share.mean(axis=(1, 2, 3)),
+    )

@@ -1,0 +1,120 @@
+"""One captured sample under many policies: kept orders once per (scorer, selector), curves at all budgets together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvtool.errors import ConfigError
+from kvtool.simulate.curves import ProbeTable, curves, probe_table
+
+if TYPE_CHECKING:
+    from kvtool.capture.reader import CapturedSample, CapturedView
+    from kvtool.policies import Policy
+    from kvtool.policies.base import Scorer, Selector
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One policy on one sample; `message` tells why there are no figures.
+
+    Attributes
+    ----------
+    entries : float
+        Mean entries per KV head over the compressible layers.
+    retention : float
+        `entries` / prompt length.
+    harm, margin_change, layer_harm, recall : float or None
+        See `kvtool.simulate.curves.Curves`.
+    degenerate : bool
+        Nothing is left to choose.
+    message : str or None
+    """
+
+    entries: float
+    retention: float
+    harm: float | None = None
+    margin_change: float | None = None
+    layer_harm: float | None = None
+    recall: float | None = None
+    degenerate: bool = False
+    message: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+def sample_table(sample: CapturedSample) -> ProbeTable:
+    """Lay out the probes of the sample's compressible layers."""
+    probes, layers = sample.probes(), np.flatnonzero(sample.compressible)
+    views = sample.views()
+    n_kv_heads = views[0].n_kv_heads if views else 1
+    return probe_table(
+        probes.attention[layers], probes.gain[layers], probes.attention_own[layers], probes.gain_own[layers], n_kv_heads
+    )
+
+
+def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[Prediction]:
+    """Predict every policy on one sample.
+
+    Parameters
+    ----------
+    sample : CapturedSample
+    policies : sequence of Policy
+
+    Returns
+    -------
+    list of Prediction
+        In the order of `policies`.
+    """
+    views = sample.views()
+    if not views:
+        return [Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0, message=None) for _ in policies]
+    table = sample_table(sample)
+    groups: dict[tuple[Scorer, Selector], list[int]] = defaultdict(list)
+    for index, policy in enumerate(policies):
+        parts = policy.method.parts()
+        groups[parts.scorer, parts.selector].append(index)
+    found: dict[int, Prediction] = {}
+    for members in groups.values():
+        found |= _evaluate_group(sample, views, table, [(i, policies[i]) for i in members])
+    return [found[i] for i in range(len(policies))]
+
+
+def _evaluate_group(
+    sample: CapturedSample, views: list[CapturedView], table: ProbeTable, members: list[tuple[int, Policy]]
+) -> dict[int, Prediction]:
+    seq_len, found, counts, ready = sample.seq_len, {}, [], []
+    parts = members[0][1].method.parts()
+    minimum = min(parts.selector.protected, seq_len)
+    for index, policy in members:
+        try:
+            budget = policy.entries(seq_len)
+        except ConfigError as error:
+            assert policy.budget is not None
+            asked = policy.budget.resolve(seq_len)
+            found[index] = Prediction(asked, asked / seq_len, degenerate=True, message=str(error))
+            continue
+        counts.append(np.asarray(policy.method.parts().allocator.allocate(views, budget, minimum), dtype=np.int64))
+        ready.append((index, policy))
+    if ready:
+        orders = np.stack([parts.selector.order(parts.scorer.score(view)).numpy() for view in views])
+        stacked = np.stack(counts)
+        result = curves(table, orders, stacked)
+        for k, (index, policy) in enumerate(ready):
+            entries = float(stacked[k].mean())
+            found[index] = Prediction(
+                entries=entries,
+                retention=entries / seq_len,
+                harm=float(result.harm[k]),
+                margin_change=float(result.margin_change[k]),
+                layer_harm=float(result.layer_harm[k]),
+                recall=float(result.recall[k]),
+                degenerate=policy.is_degenerate(seq_len),
+            )
+    return found

@@ -1,0 +1,75 @@
+"""The ranking as a picture: predicted harm and attention recall against retention."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvtool.files import write_atomic
+from kvtool.simulate.rank import Row
+
+#: Okabe-Ito, safe for colour-blind readers; markers differ too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*<>"
+#: methods in the legend; more would not be told apart
+MOST = 12
+
+
+def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw harm (with intervals) and recall against retention, one line per method, and write a PNG atomically."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    able = [row for row in rows if row.status == "ok" and row.budget is not None]
+    methods = _best_methods(able)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for index, method in enumerate(methods):
+        points = sorted((row for row in able if row.method == method), key=lambda row: row.retention)
+        style: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": "--" if method.startswith("random") else "-",
+            "markersize": 5,
+        }
+        x = [100 * row.retention for row in points]
+        harm = [row.harm or 0.0 for row in points]
+        spread = [[h - (r.harm_low or 0.0) for h, r in zip(harm, points, strict=True)],
+                  [(r.harm_high or 0.0) - h for h, r in zip(harm, points, strict=True)]]  # fmt: skip
+        left.errorbar(x, harm, yerr=spread, label=method, elinewidth=0.8, capsize=2, **style)
+        right.plot(x, [row.recall for row in points], label=method, **style)
+    front = sorted((row for row in able if row.pareto), key=lambda row: row.retention)
+    marks = {"s": 110, "facecolors": "none", "edgecolors": "#666666", "linewidths": 1.2, "label": "Pareto front", "zorder": 4}
+    left.scatter([100 * r.retention for r in front], [r.harm or 0.0 for r in front], **marks)
+    left.set_ylabel("predicted harm (sum of lost margin), 95 % interval")
+    right.set_ylabel("attention recall (share of mass kept)")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        ticks = sorted({round(100 * row.retention, 3) for row in able})
+        axis.set_xticks(ticks)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", rotation=45 if len(ticks) > 6 else 0)
+        axis.set_xlabel("KV entries kept (% of the prompt)")
+        axis.grid(alpha=0.25)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _best_methods(rows: Sequence[Row]) -> list[str]:
+    """The `MOST` methods of smallest mean harm, control included, in order of name."""
+    harms: dict[str, list[float]] = {}
+    for row in rows:
+        harms.setdefault(row.method, []).append(row.harm or 0.0)
+    best = sorted(harms, key=lambda m: sum(harms[m]) / len(harms[m]))[:MOST]
+    control = [m for m in harms if m == "random" and m not in best]
+    return sorted(best[: MOST - len(control)] + control)

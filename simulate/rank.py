@@ -1,0 +1,145 @@
+"""Predictions of all samples -> one row per configuration, ranked within its budget.
+
+Shapes: N configurations, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtool.policies.text import method_key
+from kvtool.simulate.evaluate import Prediction
+from kvtool.simulate.pareto import pareto_front
+
+if TYPE_CHECKING:
+    from kvtool.models import ModelInfo
+    from kvtool.policies import Policy
+
+Float = NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Row:
+    """One configuration.
+
+    Attributes
+    ----------
+    policy, method : str
+        Text form; the same without the budget.
+    budget : str or None
+    retention, entries : float
+        Means over samples of what the policy keeps (or was asked to keep, if impossible).
+    status : str
+        ``"ok"`` or ``"impossible"`` (with `message`): the budget is smaller than the protected entries of a sample.
+    degenerate : bool
+        In any sample nothing is left to choose.
+    harm, harm_low, harm_high : float or None
+        Mean over samples and its 95 % bootstrap interval.
+    margin_change, recall, layer_harm : float or None
+        Means over samples.
+    per_sample : dict of str to list of float
+    kv_bytes_fp16 : int
+        Planned bytes of the compressible layers at two bytes a number, mean over samples.
+    rank : int or None
+        By harm within the budget, 1 is best; equal harms share a rank.
+    pareto : bool
+        No other configuration keeps at most as much and harms at most as much.
+    shortlisted : bool
+    refined : dict or None
+        Figures of the masked forward, see `kvtool.simulate.refine`.
+    """
+
+    policy: str
+    method: str
+    budget: str | None
+    retention: float
+    entries: float
+    status: str
+    message: str | None
+    degenerate: bool
+    harm: float | None = None
+    harm_low: float | None = None
+    harm_high: float | None = None
+    margin_change: float | None = None
+    recall: float | None = None
+    layer_harm: float | None = None
+    per_sample: dict[str, list[float]] = field(default_factory=dict)
+    kv_bytes_fp16: int = 0
+    rank: int | None = None
+    pareto: bool = False
+    shortlisted: bool = False
+    refined: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+def resample_weights(n_samples: int, draws: int, seed: int) -> Float:
+    """Return bootstrap weights of shape (draws, S); each row sums to 1."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), size=draws) / n_samples
+
+
+def rank_rows(
+    policies: Sequence[Policy], predictions: Sequence[Sequence[Prediction]], info: ModelInfo, weights: Float
+) -> list[Row]:
+    """Aggregate over samples and rank.
+
+    Parameters
+    ----------
+    policies : sequence of N Policy
+    predictions : sequence of S sequences of N Prediction
+    info : ModelInfo
+    weights : ndarray of shape (draws, S)
+
+    Returns
+    -------
+    list of Row
+        By retention, then rank; impossible configurations last within their budget.
+    """
+    rows = [_row(policy, [sample[i] for sample in predictions], info, weights) for i, policy in enumerate(policies)]
+    budgets: dict[str | None, list[Row]] = {}
+    for row in rows:
+        if row.status == "ok":
+            budgets.setdefault(row.budget, []).append(row)
+    for group in budgets.values():
+        harms = np.asarray([row.harm for row in group], dtype=np.float64)
+        for row in group:
+            row.rank = int((harms < row.harm).sum()) + 1
+    able = [row for row in rows if row.status == "ok"]
+    front = pareto_front(np.asarray([row.retention for row in able]), np.asarray([row.harm for row in able], dtype=np.float64))
+    for row, on_front in zip(able, front, strict=True):
+        row.pareto = bool(on_front)
+    return sorted(rows, key=lambda r: (r.retention, r.status != "ok", r.rank or 0))
+
+
+def _row(policy: Policy, predictions: Sequence[Prediction], info: ModelInfo, weights: Float) -> Row:
+    message = next((p.message for p in predictions if p.message), None)
+    entries = float(np.mean([p.entries for p in predictions]))
+    row = Row(
+        policy=str(policy),
+        method=method_key(policy),
+        budget=None if policy.budget is None else str(policy.budget),
+        retention=float(np.mean([p.retention for p in predictions])),
+        entries=entries,
+        status="impossible" if message else "ok",
+        message=message,
+        degenerate=any(p.degenerate for p in predictions),
+        kv_bytes_fp16=round(entries * info.n_layers * info.n_kv_heads * info.head_dim * 2 * 2),
+    )
+    if not message:
+        harm = np.asarray([p.harm for p in predictions], dtype=np.float64)
+        low, high = np.quantile(weights @ harm, [0.025, 0.975])
+        row.harm, row.harm_low, row.harm_high = float(harm.mean()), float(low), float(high)
+        row.margin_change = float(np.mean([p.margin_change for p in predictions if p.margin_change is not None]))
+        row.layer_harm = float(np.mean([p.layer_harm for p in predictions if p.layer_harm is not None]))
+        recall = [p.recall for p in predictions if p.recall is not None]
+        row.recall = float(np.mean(recall))
+        row.per_sample = {"harm": harm.tolist(), "recall": recall}
+    return row

@@ -1,0 +1,211 @@
+"""The simulate stage: a capture in, ranking.jsonl, shortlist.yaml and ranking.png out; resumes sample by sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvtool.errors import ConfigError, DataError
+from kvtool.files import append_records, config_hash, open_run, read_records, write_text
+from kvtool.policies import Policy, expand_policies
+from kvtool.progress import track
+from kvtool.simulate.evaluate import Prediction, evaluate_sample
+from kvtool.simulate.rank import Row, rank_rows, resample_weights
+
+if TYPE_CHECKING:
+    from kvtool.capture.reader import Capture
+    from kvtool.models import LoadedModel
+
+DEFAULT_BUDGETS = ("2%", "5%", "10%", "20%", "50%")
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateConfig:
+    """What a simulation does; together with the capture it decides the result.
+
+    Attributes
+    ----------
+    capture : str
+        Path of the capture.
+    policies : tuple of str
+        Text forms; those without a budget are taken at each of `budgets`. Empty: every registered method.
+    budgets : tuple of str
+    refine : int
+        Configurations that get a masked teacher-forced forward, the best ones of every budget in turn.
+    draws : int
+        Bootstrap draws.
+    seed : int
+        Of the bootstrap.
+    """
+
+    capture: str
+    policies: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = DEFAULT_BUDGETS
+    refine: int = 0
+    draws: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("refine", 0), ("draws", 10)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"simulate: {name}={getattr(self, name)} must be at least {low}")
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateSummary:
+    """What a simulation left.
+
+    Attributes
+    ----------
+    folder : Path
+    n_samples, n_configurations, n_impossible, n_shortlisted, n_refined : int
+    rows : tuple of Row
+    """
+
+    folder: Path
+    n_samples: int
+    n_configurations: int
+    n_impossible: int
+    n_shortlisted: int
+    n_refined: int
+    rows: tuple[Row, ...]
+
+    def text(self) -> str:
+        """Return the table that the command prints: the best configurations of each budget."""
+        from kvtool.textgrid import figure, grid
+
+        lines = []
+        for row in self.rows:
+            interval = "-" if row.harm is None else f"{row.harm_low:.2f}-{row.harm_high:.2f}"
+            notes = [name for name, on in (("Pareto", row.pareto), ("degenerate", row.degenerate)) if on]
+            notes += [row.status] if row.status != "ok" else []
+            notes += [f"refined nll {row.refined['nll']:.3f}"] if row.refined else []
+            mark = "*" if row.shortlisted else ""
+            cells = [
+                row.policy,
+                f"{100 * row.retention:.2f}%",
+                "-" if row.rank is None else str(row.rank),
+                mark,
+                figure(row.harm, 2),
+            ]
+            lines.append([*cells, interval, figure(row.recall, 3), ", ".join(notes)])
+        table = grid(["policy", "kept", "rank", "short", "harm", "95 %", "recall", "note"], lines)
+        note = f"{self.n_configurations} configurations on {self.n_samples} prompts; {self.n_shortlisted} shortlisted (*)"
+        note += f"; {self.n_impossible} impossible (budget below the protected entries)" if self.n_impossible else ""
+        return f"{table}\n\n{note}\n{self.folder / 'ranking.jsonl'}\n{self.folder / 'shortlist.yaml'}\n{self.folder / 'ranking.png'}"
+
+
+def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | None = None) -> SimulateSummary:
+    """Rank all configurations on a capture; stopped at any moment, the same call continues.
+
+    Parameters
+    ----------
+    config : SimulateConfig
+    out : path
+        Output folder.
+    loaded : LoadedModel, optional
+        Needed to refine.
+
+    Raises
+    ------
+    ConfigError
+        Unknown policy, or the folder holds another simulation.
+    DataError
+        Missing or damaged capture, a statistic that it lacks, or the capture of another model.
+    """
+    from kvtool.capture.reader import open_capture
+    from kvtool.simulate.plots import plot_ranking
+    from kvtool.simulate.shortlist import make_shortlist, write_shortlist
+
+    folder, policies = Path(out), expand_policies(config.policies, config.budgets)
+    if config.refine and loaded is None:
+        raise ConfigError("simulate: refining needs the captured model; give it, or refine=0")
+    with open_capture(config.capture) as capture:
+        if not capture.samples:
+            raise DataError(f"capture {config.capture} holds no complete sample; run the capture again, it continues")
+        if config.refine and loaded is not None:
+            capture.check_model(loaded.info)
+        identity = run_identity(config, capture, policies)
+        open_run(folder, identity, {"capture": config.capture, **_versions()})
+        predictions = _predict(capture, policies, folder / "predictions.jsonl")
+        weights = resample_weights(len(capture.samples), config.draws, config.seed)
+        rows = rank_rows(policies, predictions, capture.model, weights)
+        entries = make_shortlist(rows, weights)
+        n_refined = _refine(config, capture, loaded, rows, folder / "refined.jsonl") if loaded is not None else 0
+        title = f"{capture.model.model_id}, {capture.config.get('task')}, {len(capture.samples)} prompts"
+    write_text(folder / "ranking.jsonl", "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+    write_shortlist(folder / "shortlist.yaml", entries, {"capture": identity["capture"], "run": config_hash(identity)})
+    plot_ranking(rows, folder / "ranking.png", title)
+    n_impossible = sum(row.status == "impossible" for row in rows)
+    return SimulateSummary(folder, len(predictions), len(rows), n_impossible, len(entries), n_refined, tuple(rows))
+
+
+def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Policy]) -> dict[str, Any]:
+    """Return everything that decides the result; the capture by its content's facts, not by its path."""
+    samples = [[s.id, s.seq_len, config_hash({"prompt": list(s.prompt_ids)})] for s in capture.samples]
+    return {
+        "capture": config_hash({"config": capture.config, "samples": samples}),
+        "model": asdict(capture.model),
+        "task": capture.config.get("task"),
+        "length": capture.config.get("length"),
+        "n": len(capture.samples),
+        "prompt_seed": capture.config.get("seed"),
+        "compress_at": capture.samples[0].compress_at,
+        "policies": [str(policy) for policy in policies],
+        "refine": config.refine,
+        "draws": config.draws,
+        "seed": config.seed,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("numpy", "torch")}
+
+
+def _predict(capture: Capture, policies: Sequence[Policy], path: Path) -> list[list[Prediction]]:
+    """Predict every sample, one record each as it is done."""
+    done = {record["sample"]: record["predictions"] for record in read_records(path)}
+    left = [sample for sample in capture.samples if sample.id not in done]
+    for sample in track(left, len(capture.samples), "simulate", len(capture.samples) - len(left)):
+        record = {"sample": sample.id, "predictions": [p.to_json() for p in evaluate_sample(sample, policies)]}
+        append_records(path, [record])
+        done[sample.id] = record["predictions"]
+    return [[Prediction(**p) for p in done[sample.id]] for sample in capture.samples]
+
+
+def choose_for_refinement(rows: Sequence[Row], n: int) -> list[Row]:
+    """Return the best `n` configurations, taken from every budget in turn by rank."""
+    able = [row for row in rows if row.status == "ok" and row.budget is not None]
+    place: dict[str | None, int] = {}
+    keyed = []
+    for row in sorted(able, key=lambda row: (row.rank or 0, row.policy)):
+        place[row.budget] = place.get(row.budget, -1) + 1
+        keyed.append((place[row.budget], row.retention, row))
+    return [row for *_, row in sorted(keyed, key=lambda item: item[:2])[:n]]
+
+
+def _refine(config: SimulateConfig, capture: Capture, loaded: LoadedModel | None, rows: Sequence[Row], path: Path) -> int:
+    """Refine the best rows on every sample, one record per sample as it is done; fills ``Row.refined``."""
+    from kvtool.simulate.refine import Refined, refine_sample
+
+    chosen = choose_for_refinement(rows, config.refine)
+    if not chosen or loaded is None:
+        return 0
+    policies = [Policy.parse(row.policy) for row in chosen]
+    done = {record["sample"]: record["refined"] for record in read_records(path)}
+    left = [sample for sample in capture.samples if sample.id not in done]
+    for sample in track(left, len(capture.samples), "refine", len(capture.samples) - len(left)):
+        record = {"sample": sample.id, "refined": [asdict(r) for r in refine_sample(loaded, sample, policies)]}
+        append_records(path, [record])
+        done[sample.id] = record["refined"]
+    for index, row in enumerate(chosen):
+        per_sample = {name: [float(done[s.id][index][name]) for s in capture.samples] for name in Refined.__dataclass_fields__}
+        row.refined = {**{name: float(np.mean(values)) for name, values in per_sample.items()}, "per_sample": per_sample}
+    return len(chosen)

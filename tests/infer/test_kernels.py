@@ -1,0 +1,135 @@
+"""Every kernel against the literal float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvtool.errors import ConfigError
+from kvtool.infer.kernels import pick_kernel, ragged_attention, reference_attention, varlen_rows
+from kvtool.infer.ragged import RaggedStore, Row
+
+LENGTHS = {
+    "equal": [12] * 8,
+    "near": [12, 11, 12, 11, 12, 12, 11, 12],
+    "ragged": [40, 3, 17, 1, 90, 16, 2, 40],
+    "one long": [200, 5, 5, 5, 5, 5, 5, 5],
+}
+
+
+def build(
+    lengths: list[int], n_seqs: int, n_new: int, group: int, window: int | None = None
+) -> tuple[RaggedStore, torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths) + n_new)
+    width = 16
+    longest = max(lengths)
+    rows = []
+    for n in lengths:
+        where = torch.randperm(longest, generator=generator)[:n].sort().values
+        keys, values = (torch.randn(n, width, generator=generator) for _ in range(2))
+        rows.append(Row(keys, values, None if window is None else where))
+    store = RaggedStore(rows, n_seqs, room=4, window=window)
+    n_kv = len(lengths) // n_seqs
+    new = [torch.randn(n_seqs, n_kv, n_new, width, generator=generator) for _ in range(2)]
+    positions = None if window is None else (longest + torch.arange(n_new)).expand(n_seqs, -1)
+    store.append(new[0], new[1], positions)
+    return store, torch.randn(n_seqs, n_kv * group, n_new, width, generator=generator)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("n_seqs", [1, 4])
+@pytest.mark.parametrize("n_new", [1, 3, 9])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("window", [None, 13])
+def test_sdpa_buckets_equal_the_reference(lengths: list[int], n_seqs: int, n_new: int, group: int, window: int | None) -> None:
+    store, queries = build(lengths, n_seqs, n_new, group, window)
+    found = ragged_attention(queries, store, 0.3, "sdpa-buckets")
+    torch.testing.assert_close(found, reference_attention(queries, store, 0.3), rtol=1e-5, atol=1e-6)
+
+
+def test_equal_lengths_need_one_call_and_no_copy() -> None:
+    store, queries = build([50] * 8, 2, 1, 2)
+    assert len(store.buckets) == 1
+    assert store.view(store.buckets[0], store.keys).data_ptr() == store.keys.data_ptr()
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def counting(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append((arguments[1].untyped_storage().data_ptr(), options["attn_mask"]))
+        return original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+        ragged_attention(queries, store, 0.3)
+    assert calls == [(store.keys.untyped_storage().data_ptr(), None)]
+
+
+def literal_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: torch.Tensor,
+) -> torch.Tensor:
+    """What the documentation of ``torch.nn.attention.varlen.varlen_attn`` says, in loops; it runs on CUDA only."""
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    assert cu_seq_k.diff().min() > 0
+    out = torch.empty_like(query)
+    for s in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[s] : cu_seq_q[s + 1]]
+        used = int(seqused_k[s])
+        k, v = (t[cu_seq_k[s] : cu_seq_k[s] + used, 0] for t in (key, value))
+        assert len(q) <= max_q
+        assert used <= max_k
+        assert used <= cu_seq_k[s + 1] - cu_seq_k[s]
+        visible = torch.arange(used)[None] <= used - len(q) + torch.arange(len(q))[:, None]
+        for h in range(query.shape[1]):
+            logits = (q[:, h] @ k.T * scale).masked_fill(~visible, float("-inf"))
+            out[cu_seq_q[s] : cu_seq_q[s + 1], h] = logits.softmax(-1) @ v
+    return out
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize(("n_seqs", "n_new", "group"), [(1, 1, 1), (2, 3, 4), (4, 1, 2)])
+def test_offsets_of_the_variable_length_call(lengths: list[int], n_seqs: int, n_new: int, group: int) -> None:
+    store, queries = build(lengths, n_seqs, n_new, group)
+    found = varlen_rows(queries, store, 0.3, literal_varlen)
+    torch.testing.assert_close(found, reference_attention(queries, store, 0.3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_that_cannot_run_is_refused_not_replaced() -> None:
+    store, queries = build([5, 6], 1, 1, 1)
+    assert pick_kernel("auto", store) == "sdpa-buckets"
+    for name in ("flash-attn", "torch-varlen"):
+        with pytest.raises(ConfigError, match="needs CUDA"):
+            ragged_attention(queries, store, 0.3, name)
+    with pytest.raises(ConfigError, match="sdpa-buckets"):
+        ragged_attention(queries, store, 0.3, "sdpa-bucket")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("n_new", [1, 3])
+@pytest.mark.parametrize("name", ["flash-attn", "torch-varlen", "sdpa-buckets"])
+def test_cuda_kernels_equal_the_reference(lengths: list[int], n_new: int, name: str) -> None:
+    store, queries = build(lengths, 2, n_new, 4)
+    rows = [Row(row.keys.cuda().bfloat16(), row.values.cuda().bfloat16()) for row in store.dense_rows()]
+    moved = RaggedStore(rows, 2)
+    try:
+        pick_kernel(name, moved)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    found = ragged_attention(queries.cuda().bfloat16(), moved, 0.3, name)
+    expected = reference_attention(queries.cuda().bfloat16(), moved, 0.3)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
