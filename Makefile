@@ -30,6 +30,7 @@ test: install-dev
 check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/types && ln -sfn ../.. build/types/kvtool # mypy does not follow the import hook of an editable install
 	$(BIN)/mypy
 
 # TEXT: a large public-domain UTF-8 text (.txt or .txt.gz); OUT_TINY: checkpoints; resumes.

@@ -5,23 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvtool import __version__
+from kvtool.cli_options import compress_option, json_option, model_options, out_option, policy_options, sample_options
 from kvtool.errors import KvtoolError, MissingDependencyError
 
 if TYPE_CHECKING:
     from kvtool.data.tasks import Encoded
     from kvtool.models import LoadedModel
     from kvtool.policies import Policy
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-DEFAULT_RETENTIONS = "2%,5%,10%,20%,50%"
 
 
 class _OneLineErrors(click.Group):
@@ -57,71 +53,6 @@ def _plain(value: Any) -> Any:
 
 def _emit(as_json: bool, value: Any, text: str) -> None:
     click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False) if as_json else text)
-
-
-def model_options(command: Command) -> Command:
-    """Options that load a model."""
-    for option in (
-        click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16."),
-        click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."),
-        click.option("--model", "-m", default="tiny", show_default=True, help="tiny (embedded), a model folder, or a hub id."),
-    ):
-        command = option(command)
-    return command
-
-
-def sample_options(command: Command) -> Command:
-    """Options that choose the prompts."""
-    for option in (
-        click.option("--seed", default=0, show_default=True, help="Seed of the prompts."),
-        click.option(
-            "--length", default=1024, show_default=True, help="Prompt length in tokens, for tasks that build prompts."
-        ),
-        click.option("--n", "-n", default=16, show_default=True, help="Number of prompts."),
-        click.option("--task", "-t", default="niah", show_default=True, help="Task; see: kvtool tasks."),
-    ):
-        command = option(command)
-    return command
-
-
-def compress_option(command: Command) -> Command:
-    """Whether a policy may see the question."""
-    kinds = click.Choice(["prompt", "context"])
-    text = "What a policy sees before it compresses: prompt (context and question) or context (query-agnostic)."
-    return click.option("--compress-at", type=kinds, default="prompt", show_default=True, help=text)(command)
-
-
-def json_option(command: Command) -> Command:
-    """Machine-readable output."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
-
-
-def out_option(default: str, what: str) -> Callable[[Command], Command]:
-    """Where the result goes."""
-    kind = click.Path(path_type=Path)
-    return click.option("--out", "-o", type=kind, default=default, show_default=True, help=what)
-
-
-def policy_options(command: Command) -> Command:
-    """Which policies at which budgets."""
-    for option in (
-        click.option(
-            "--retention",
-            "-r",
-            default=DEFAULT_RETENTIONS,
-            show_default=True,
-            help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries.",
-        ),  # fmt: skip
-        click.option(
-            "--policy",
-            "-p",
-            "policies",
-            multiple=True,
-            help="Policy, e.g. snapkv:window=16 or h2o:budget=10%; repeat for several. Default: all registered.",
-        ),  # fmt: skip
-    ):
-        command = option(command)
-    return command
 
 
 def _budgets(text: str) -> list[str]:
@@ -172,9 +103,20 @@ def cli() -> None:
 @out_option("capture.h5", "HDF5 file to write.")
 @json_option
 def capture(
-    model: str, device: str, dtype: str, task: str, n: int, length: int, seed: int, compress_at: str,
-    windows: str, statistics: str | None, dry_run: bool, out: Path, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    device: str,
+    dtype: str,
+    task: str,
+    n: int,
+    length: int,
+    seed: int,
+    compress_at: str,
+    windows: str,
+    statistics: str | None,
+    dry_run: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
     """Record a model's attention statistics and answer gradients on real prompts.
 
     \b
@@ -186,11 +128,15 @@ def capture(
     loaded = _load(model, device, dtype)
     samples = _samples(loaded, task, n, length, seed)
     config = CaptureConfig(
-        task=task, model=model, n=n, length=length, seed=seed,
+        task=task,
+        model=model,
+        n=n,
+        length=length,
+        seed=seed,
         compress_at=compress_at,  # type: ignore[arg-type]
         windows=tuple(_whole_numbers("--windows", windows)),
         statistics=tuple(s.strip() for s in statistics.split(",")) if statistics else None,
-    )  # fmt: skip
+    )
     if dry_run:
         from kvtool.capture.runner import estimate
 
@@ -245,9 +191,18 @@ def classify(capture_file: Path, seed: int, out: Path, as_json: bool) -> None:
 @out_option("simulate", "Folder to write.")
 @json_option
 def simulate(
-    capture_file: Path, policies: tuple[str, ...], retention: str, refine: int, draws: int, seed: int,
-    model: str, device: str, dtype: str, out: Path, as_json: bool,
-) -> None:  # fmt: skip
+    capture_file: Path,
+    policies: tuple[str, ...],
+    retention: str,
+    refine: int,
+    draws: int,
+    seed: int,
+    model: str,
+    device: str,
+    dtype: str,
+    out: Path,
+    as_json: bool,
+) -> None:
     """Rank policies and budgets offline from a capture, and make a shortlist.
 
     \b
@@ -275,9 +230,22 @@ def simulate(
 @out_option("infer", "Folder to write.")
 @json_option
 def infer(
-    model: str, device: str, dtype: str, task: str, n: int, length: int, seed: int, compress_at: str,
-    policies: tuple[str, ...], retention: str, shortlist: Path | None, kernel: str, dry_run: bool, out: Path, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    device: str,
+    dtype: str,
+    task: str,
+    n: int,
+    length: int,
+    seed: int,
+    compress_at: str,
+    policies: tuple[str, ...],
+    retention: str,
+    shortlist: Path | None,
+    kernel: str,
+    dry_run: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
     """Run policies for real: scores, KV bytes counted from tensors, times; the full cache always beside them.
 
     \b
@@ -294,10 +262,14 @@ def infer(
         _emit(as_json, units, f"{len(units)} units: {len(samples)} samples x {len(chosen)} policies, and the full cache")
         return
     config = InferConfig(
-        task=task, model=model, n=n, length=length, seed=seed,
+        task=task,
+        model=model,
+        n=n,
+        length=length,
+        seed=seed,
         compress_at=compress_at,  # type: ignore[arg-type]
         kernel=kernel,
-    )  # fmt: skip
+    )
     summary = run_infer(config, loaded, samples, chosen, out)
     _emit(as_json, summary, summary.text())
 
@@ -392,8 +364,9 @@ def policies(ctx: click.Context, as_json: bool) -> None:
     """
     if ctx.invoked_subcommand is None:
         from kvtool.policies import method_classes
+        from kvtool.policies.describe import policy_facts
 
-        rows = [_policy_facts(name) for name in method_classes()]
+        rows = [policy_facts(name) for name in method_classes()]
         width = max(len(r["name"]) for r in rows)
         lines = [f"{r['name']:<{width}}  {r['summary']}{_parameter_text(r['parameters'])}" for r in rows]
         _emit(as_json, rows, "\n".join(lines))
@@ -404,7 +377,9 @@ def policies(ctx: click.Context, as_json: bool) -> None:
 @json_option
 def policies_show(name: str, as_json: bool) -> None:
     """Formula, defaults, source and needs of one policy."""
-    facts = _policy_facts(name)
+    from kvtool.policies.describe import policy_facts
+
+    facts = policy_facts(name)
     lines = [
         f"{facts['name']}: {facts['summary']}",
         f"  formula     {facts['formula']}",
@@ -416,26 +391,6 @@ def policies_show(name: str, as_json: bool) -> None:
         facts["doc"],
     ]
     _emit(as_json, facts, "\n".join(lines))
-
-
-def _policy_facts(name: str) -> dict[str, Any]:
-    import inspect
-
-    from kvtool.policies import method_class
-
-    cls = method_class(name)
-    method = cls()
-    parts = method.parts()
-    return {
-        "name": cls.name,
-        "summary": cls.summary,
-        "formula": cls.formula,
-        "source": cls.source,
-        "parameters": method.parameters(),
-        "needs": list(parts.needs()),
-        "protected": parts.selector.protected,
-        "doc": inspect.getdoc(cls) or "",
-    }
 
 
 def _parameter_text(parameters: dict[str, Any]) -> str:
@@ -452,13 +407,15 @@ def tasks(as_json: bool) -> None:
     """
     from kvtool.data.tasks import TASKS
 
-    rows = [{"name": name, "summary": task.summary, "options": task.options} for name, task in TASKS.items()]
+    rows: list[dict[str, Any]] = [
+        {"name": name, "summary": task.summary, "options": task.options} for name, task in TASKS.items()
+    ]
     summary = "your own prompts, one JSON object a line: context, question, answers, optional id, metric, max_new_tokens"
     rows.append({"name": "file:PATH.jsonl", "summary": summary, "options": {}})
     lines = []
     for row in rows:
         lines.append(f"{row['name']}: {row['summary']}")
-        lines += [f"    {key}={'...':<5} {text}" for key, text in dict(row["options"]).items()]  # type: ignore[call-overload]
+        lines += [f"    {key}={'...':<5} {text}" for key, text in row["options"].items()]
     _emit(as_json, rows, "\n".join(lines))
 
 

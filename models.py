@@ -291,7 +291,8 @@ def hand_over(keys: Tensor, handler: Handler) -> None:
     if _handed.get() is not None:
         _handed.set(None)
         raise UnsupportedModelError(
-            "the model does not call kvtool's attention; call kvtool.prepare(model) once, or load it with attn_implementation='kvtool'"
+            "the model does not call kvtool's attention; call kvtool.prepare(model) once, "
+            "or load it with attn_implementation='kvtool'"
         )
     _handed.set(_Handover(keys, handler))
 

@@ -1,9 +1,10 @@
 """Head kinds from features, with a confidence that is measured and never a default.
 
-A head whose attention rests on the first tokens is ``sink``. Otherwise the share of its remaining attention that is local decides:
-``positional`` (mostly local), ``gathering`` (mostly far) or ``mixed`` (truly in between). A head that looks at the evidence when the
-answer is due is ``gathering`` whatever it does before: retrieval heads rest on the first tokens until they are needed. The confidence is the share of bootstrap
-draws over prompts that give the same kind; ``unsure`` says that the evidence is thin, which is not the same as mixed.
+A head whose attention rests on the first tokens is ``sink``. Otherwise the share of its remaining attention that is
+local decides: ``positional`` (mostly local), ``gathering`` (mostly far) or ``mixed`` (truly in between). A head that looks
+at the evidence when the answer is due is ``gathering`` whatever it does before: retrieval heads rest on the first tokens
+until they are needed. The confidence is the share of bootstrap draws over prompts that give the same kind; ``unsure`` says
+that the evidence is thin, which is not the same as mixed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Measure the embedded model for its card: accuracy by length, text loss, sink mass per head (``python -m kvtool.data.evaluate_tiny``)."""
+"""Measure the embedded model for its card: accuracy by length, text loss, sink mass per head.
+
+Run it as ``python -m kvtool.data.evaluate_tiny``.
+"""
 
 from __future__ import annotations
 

@@ -135,10 +135,8 @@ class Samples:
 
     def _repeats(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         size = int(rng.integers(16, max(17, min(length // 2, 256))))
-        if rng.random() < 0.5:
-            segment = rng.integers(2, self._recipe.vocab_size, size=size)
-        else:
-            segment = self._text(rng, size)
+        noise = rng.random() < 0.5
+        segment = rng.integers(2, self._recipe.vocab_size, size=size) if noise else self._text(rng, size)
         parts, filled = [], 0
         while filled < length:
             gap = self._text(rng, int(rng.integers(0, max(1, length // 4))))

@@ -82,7 +82,7 @@ class AttentionInputs:
 
 
 def attention_rows(inputs: AttentionInputs, start: int, stop: int) -> Tensor:
-    """Return the attention of the queries ``start:stop``, float32 ``[Q, stop - start, stop]`` (keys from `stop` on are unseen)."""
+    """Return the attention of the queries ``start:stop``, float32 ``[Q, stop - start, stop]``: later keys are unseen."""
     import torch
 
     queries = inputs.queries[:, start:stop].float()

@@ -158,7 +158,7 @@ def _attend(call: AttentionCall, keys: Tensor, values: Tensor, mask: Tensor) -> 
 
 
 def _hidden(window: int | None, n_fed: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return which own entries a fed token cannot see ``[P, P]``, and which prompt entries a sliding window hides ``[P, T]``."""
+    """Return which own entries a fed token cannot see ``[P, P]``, and prompt entries outside a sliding window ``[P, T]``."""
     import torch
 
     rows = torch.arange(seq_len, seq_len + n_fed, device=device)[:, None]

@@ -97,7 +97,8 @@ class SimulateSummary:
         table = grid(["policy", "kept", "rank", "short", "harm", "95 %", "recall", "note"], lines)
         note = f"{self.n_configurations} configurations on {self.n_samples} prompts; {self.n_shortlisted} shortlisted (*)"
         note += f"; {self.n_impossible} impossible (budget below the protected entries)" if self.n_impossible else ""
-        return f"{table}\n\n{note}\n{self.folder / 'ranking.jsonl'}\n{self.folder / 'shortlist.yaml'}\n{self.folder / 'ranking.png'}"
+        files = [str(self.folder / name) for name in ("ranking.jsonl", "shortlist.yaml", "ranking.png")]
+        return "\n".join([table, "", note, *files])
 
 
 def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | None = None) -> SimulateSummary:

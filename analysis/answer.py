@@ -1,0 +1,122 @@
+"""The answer first: which configuration to run, what it saves and costs, and what cannot be told from this run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtool.analysis.load import Reality
+from kvtool.analysis.statistics import paired_interval
+from kvtool.analysis.tables import CONTROL, TableRow
+
+#: a configuration costs too much if its score may be this much below the full cache's (lower end of the interval)
+TOLERANCE = 0.05
+#: with fewer prompts no recommendation is called sure
+MIN_PROMPTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The recommendation.
+
+    Attributes
+    ----------
+    headline : str
+        One sentence.
+    details : tuple of str
+        What it rests on, and which configurations are as good.
+    policy : str or None
+        None if nothing qualifies.
+    """
+
+    headline: str
+    details: tuple[str, ...]
+    policy: str | None
+
+    def text(self) -> str:
+        """Return the answer as plain text."""
+        return "\n".join([self.headline, *(f"  {line}" for line in self.details)])
+
+
+def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
+    """Choose the smallest cache whose score is not shown to be more than `TOLERANCE` below the full cache's.
+
+    Parameters
+    ----------
+    rows : sequence of TableRow
+    reality : Reality
+        For paired comparisons on the same prompts.
+    """
+    n = len(reality.samples)
+    able = [r for r in rows if r.status == "ok" and r.budget and r.change and r.score and not r.degenerate and not _is_control(r)]
+    if not able:
+        return Answer("No compressed configuration was run for real: there is nothing to recommend.", (), None)
+    good = [r for r in able if r.change and r.change.low >= -TOLERANCE]
+    if not good:
+        best = max(able, key=lambda r: (r.score.mean if r.score else 0.0, -(r.kv_bytes or 0.0)))
+        loss = best.change.text(sign=True) if best.change else "-"
+        headline = f"No configuration kept the score within {TOLERANCE:g} of the full cache; keep the full cache for this workload."
+        return Answer(headline, (f"the closest is {best.policy}: score change {loss} on {n} prompts",), None)
+    smallest = min(r.kv_bytes or 0.0 for r in good)
+    peers = [r for r in good if (r.kv_bytes or 0.0) <= smallest * 1.01]
+    best = max(peers, key=lambda r: (r.accuracy.mean if r.accuracy else 0.0, r.policy))
+    return Answer(_headline(best), tuple(_details(best, able, reality, n)), best.policy)
+
+
+def _is_control(row: TableRow) -> bool:
+    return row.method.split(":")[0] == CONTROL
+
+
+def _headline(row: TableRow) -> str:
+    assert row.change is not None
+    assert row.saved is not None
+    assert row.retention is not None
+    half = max(row.change.high - row.change.mean, row.change.mean - row.change.low)
+    return (
+        f"For this model and workload run {row.method} at {100 * row.retention:.1f} % of the entries: it saves "
+        f"{100 * row.saved:.1f} % of the KV cache and changes the score by {row.change.mean:+.2f} ± {half:.2f}."
+    )
+
+
+def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int) -> list[str]:
+    lines = [f"smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below the full cache ({n} prompts)"]
+    tied = []
+    own = reality.values(best.policy, "answer_accuracy")
+    for row in able:
+        other = reality.values(row.policy, "answer_accuracy")
+        if row is not best and row.budget == best.budget and own is not None and other is not None:
+            interval = paired_interval(own, other)
+            if interval.low <= 0:
+                tied.append(row.method)
+    if tied:
+        lines.append(f"not told apart from it at this budget: {', '.join(tied)}")
+    if n < MIN_PROMPTS:
+        lines.append(f"only {n} prompts: take this as a first look; {MIN_PROMPTS} or more make it firmer")
+    if best.change and best.change.low == best.change.high == 0:
+        lines.append(f"no prompt changed its score; with {n} prompts a true loss of up to {min(1.0, 3 / n):.2f} can go unseen")
+    return lines
+
+
+def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
+    """Return what a reader must know before believing the figures."""
+    found = []
+    for status, text in (("impossible", "cannot run: the budget is below the protected entries"), ("oom", "ran out of memory")):
+        names = [r.policy for r in rows if r.status == status]
+        if names:
+            found.append(f"{len(names)} configurations {text}: {', '.join(names)}")
+    degenerate = [r.policy for r in rows if r.degenerate and r.status == "ok"]
+    if degenerate:
+        found.append(f"degenerate (budget = sink + window, nothing left to choose): {', '.join(degenerate)}")
+    beaten = [r.policy for r in rows if r.beats_control is False]
+    if beaten:
+        found.append(f"not better than the random control of the same budget: {', '.join(beaten)}")
+    truncated = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_truncated")})
+    if truncated:
+        found.append(f"{len(truncated)} prompts have longer answers than were scored: their first tokens only")
+    own = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_source") == "full-cache"})
+    if own:
+        found.append(f"{len(own)} prompts have no gold answer: the full cache's own answer is the reference")
+    full = [r["score"] for r in reality.records if r["policy"] == "full" and r["status"] == "ok"]
+    if full and sum(full) / len(full) < 0.5:
+        found.append(f"the full cache itself scores only {sum(full) / len(full):.2f}: losses by compression are hard to see here")
+    return found

@@ -1,0 +1,95 @@
+"""Intervals, paired differences and rank correlation over samples.
+
+Shapes: N configurations, S samples, D bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float64]
+
+#: means of scores that differ by less are equal: resampling adds rounding noise of about 1e-16
+TIE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 2, sign: bool = False) -> str:
+        """Return e.g. ``0.71 (0.65 to 0.78)``."""
+        form = f"{'+' if sign else ''}.{digits}f"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+def weights(n_samples: int, draws: int, rng: np.random.Generator) -> Float:
+    """Return bootstrap weights of shape (D, S); each row sums to 1."""
+    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), size=draws) / n_samples
+
+
+def percentile_interval(point: float, drawn: Float) -> Interval:
+    """Return a point estimate with the 2.5 and 97.5 percentiles of its draws; NaN draws are left out."""
+    known = drawn[~np.isnan(drawn)]
+    if not len(known):
+        return Interval(point, float("nan"), float("nan"))
+    low, high = np.quantile(known, [0.025, 0.975])
+    return Interval(point, float(low), float(high))
+
+
+def mean_interval(values: Float, draws: int = 2000, seed: int = 0) -> Interval:
+    """Return the mean of S values with a bootstrap interval.
+
+    Where all values are 0 or 1 it is Wilson's interval: the bootstrap of identical values would claim certainty.
+    """
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson_interval(int(values.sum()), len(values))
+    rng = np.random.default_rng(seed)
+    return percentile_interval(float(values.mean()), weights(len(values), draws, rng) @ values)
+
+
+def wilson_interval(hits: int, n: int) -> Interval:
+    """Return a proportion with Wilson's 95 % interval (Wilson 1927)."""
+    z, p = 1.959963984540054, hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # The exact bounds of no and of all hits are 0 and 1; rounding must not move them.
+    low = 0.0 if hits == 0 else max(0.0, float(centre - half))
+    return Interval(p, low, 1.0 if hits == n else min(1.0, float(centre + half)))
+
+
+def paired_interval(values: Float, baseline: Float, draws: int = 2000, seed: int = 0) -> Interval:
+    """Return the mean difference ``values - baseline`` of the same S samples with a bootstrap interval."""
+    difference = values - baseline
+    rng = np.random.default_rng(seed)
+    return percentile_interval(float(difference.mean()), weights(len(difference), draws, rng) @ difference)
+
+
+def tau_b(x: Float, y: Float) -> Float:
+    """Kendall's tau-b between the columns of `x` and `y`.
+
+    Parameters
+    ----------
+    x, y : ndarray of shape (N, D)
+        D pairs of N values; values closer than `TIE` are ties.
+
+    Returns
+    -------
+    ndarray of shape (D,)
+        NaN where one side is constant.
+    """
+    first, second = np.triu_indices(len(x), k=1)
+    sx, sy = (_signs(v[first] - v[second]) for v in (x, y))
+    scale = np.sqrt((sx != 0).sum(0) * (sy != 0).sum(0))
+    return np.divide((sx * sy).sum(0), scale, out=np.full(x.shape[1], np.nan), where=scale > 0)
+
+
+def _signs(difference: Float) -> Float:
+    return np.where(np.abs(difference) < TIE, 0.0, np.sign(difference))

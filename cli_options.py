@@ -1,0 +1,78 @@
+"""Options that several commands share, as decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_RETENTIONS = "2%,5%,10%,20%,50%"
+
+
+def model_options(command: Command) -> Command:
+    """Options that load a model."""
+    for option in (
+        click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16."),
+        click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."),
+        click.option("--model", "-m", default="tiny", show_default=True, help="tiny (embedded), a model folder, or a hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def sample_options(command: Command) -> Command:
+    """Options that choose the prompts."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Seed of the prompts."),
+        click.option(
+            "--length", default=1024, show_default=True, help="Prompt length in tokens, for tasks that build prompts."
+        ),
+        click.option("--n", "-n", default=16, show_default=True, help="Number of prompts."),
+        click.option("--task", "-t", default="niah", show_default=True, help="Task; see: kvtool tasks."),
+    ):
+        command = option(command)
+    return command
+
+
+def compress_option(command: Command) -> Command:
+    """Whether a policy may see the question."""
+    kinds = click.Choice(["prompt", "context"])
+    text = "What a policy sees before it compresses: prompt (context and question) or context (query-agnostic)."
+    return click.option("--compress-at", type=kinds, default="prompt", show_default=True, help=text)(command)
+
+
+def json_option(command: Command) -> Command:
+    """Machine-readable output."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
+
+
+def out_option(default: str, what: str) -> Callable[[Command], Command]:
+    """Where the result goes."""
+    kind = click.Path(path_type=Path)
+    return click.option("--out", "-o", type=kind, default=default, show_default=True, help=what)
+
+
+def policy_options(command: Command) -> Command:
+    """Which policies at which budgets."""
+    for option in (
+        click.option(
+            "--retention",
+            "-r",
+            default=DEFAULT_RETENTIONS,
+            show_default=True,
+            help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries.",
+        ),
+        click.option(
+            "--policy",
+            "-p",
+            "policies",
+            multiple=True,
+            help="Policy, e.g. snapkv:window=16 or h2o:budget=10%; repeat for several. Default: all registered.",
+        ),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,150 @@
+"""A capture equals whole attention matrices in float64 and autograd, on five architectures."""
+
+from __future__ import annotations
+
+import math
+
+import capture_toy as toy
+import numpy as np
+import pytest
+import torch
+
+from kvtool.capture.features import DISTANCE_EDGES, SINK, feature_rows
+from kvtool.capture.probe_pass import probe_tokens, run_probes
+from kvtool.capture.prompt_pass import run_prompt
+from kvtool.capture.reader import open_capture
+from kvtool.capture.runner import CaptureConfig, run_capture
+from kvtool.policies.statistics import default_statistics
+
+
+def _window(kind):
+    return toy.WINDOW if kind == "mistral" else None
+
+
+def _literal_statistic(name, attention, keys, values):
+    kind, _, number = name.partition("/")
+    rows = attention[:, -int(number or 1) :]
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    mean = unit.mean(dim=1, keepdim=True)
+    return {
+        "accumulated": lambda: attention.sum(1),
+        "window_mean": lambda: rows.mean(1),
+        "window_var": lambda: ((rows - rows.mean(1, keepdim=True)) ** 2).mean(1),
+        "last": lambda: attention[:, -1],
+        "key_norm": lambda: keys.pow(2).sum(-1).sqrt(),
+        "value_norm": lambda: values.pow(2).sum(-1).sqrt(),
+        "key_similarity": lambda: (keys * mean).sum(-1) / (keys.norm(dim=-1) * mean.norm(dim=-1)),
+    }[kind]()
+
+
+@pytest.mark.parametrize("compress_at", ["prompt", "context"])
+@pytest.mark.parametrize("kind", toy.ARCHITECTURES)
+def test_capture_equals_whole_matrices(kind, compress_at, tmp_path):
+    loaded = toy.build_loaded(kind)
+    (sample,) = toy.make_samples(1)
+    config = CaptureConfig("toy", kind, 1, compress_at=compress_at, windows=(1, 8, 90), feature_rows=11)
+    run_capture(config, loaded, [sample], tmp_path / "c.h5")
+    ids = sample.prompt_ids + sample.answer_ids
+    n_prompt, seq_len = len(sample.prompt_ids), len(sample.prompt_ids if compress_at == "prompt" else sample.context_ids)
+    first = n_prompt + (compress_at == "prompt")
+    found = toy.full_pass(loaded.model, ids[:-1], _window(kind))
+    margins = toy.objective(found, ids, first)
+    margins.sum().backward()
+
+    with open_capture(tmp_path / "c.h5") as capture:
+        (stored,) = capture.samples
+        assert (stored.seq_len, stored.n_prompt, stored.compress_at) == (seq_len, n_prompt, compress_at)
+        assert stored.compressible == ((kind != "mistral",) * 2)
+        for name in config.names():
+            for layer in range(2):
+                cut = found.attention[layer][:, :seq_len, :seq_len]
+                expected = _literal_statistic(name, cut, found.keys[layer][:, :seq_len], found.values[layer][:, :seq_len])
+                np.testing.assert_allclose(stored.selection(name, layer), expected, rtol=2e-4, atol=2e-5, err_msg=name)
+        probes = stored.probes()
+        np.testing.assert_allclose(probes.margins, margins.detach(), rtol=1e-4, atol=1e-4)
+        assert (probes.rows + seq_len == np.arange(first, len(ids)) - 1).all()
+        for layer in range(2):
+            attention = found.attention[layer][:, seq_len:]
+            gain = found.factors[layer].grad[:, seq_len:]
+            own = [attention[..., seq_len:].sum(-1), gain[..., seq_len:].sum(-1)]
+            spread = float(gain.abs().max())
+            np.testing.assert_allclose(probes.attention[layer], attention[..., :seq_len], rtol=2e-3, atol=1e-6)
+            np.testing.assert_allclose(probes.gain[layer], gain[..., :seq_len], rtol=2e-3, atol=2e-5 * spread)
+            np.testing.assert_allclose(probes.attention_own[layer], own[0], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(probes.gain_own[layer], own[1], rtol=1e-3, atol=2e-5 * spread)
+
+
+@pytest.mark.parametrize("kind", toy.ARCHITECTURES)
+def test_probe_pass_in_float64_equals_autograd_closely(kind):
+    """In float64 nothing but the formula is left: 1e-6 of the largest gain (the record itself is float32)."""
+    model = toy.exact_norms(toy.build_model(kind).double())
+    (sample,) = toy.make_samples(1, n_context=70)
+    seq_len, ids = len(sample.context_ids), sample.prompt_ids + sample.answer_ids
+    prompt = run_prompt(model, sample.context_ids, ["last"], 4)
+    record = run_probes(model, prompt.keys, prompt.values, probe_tokens(sample.question_ids, sample.answer_ids))
+    found = toy.full_pass(model, ids[:-1], _window(kind))
+    margins = toy.objective(found, ids, len(sample.prompt_ids))
+    margins.sum().backward()
+    np.testing.assert_allclose(record.margins, margins.detach(), rtol=1e-6, atol=1e-6)
+    nll = torch.nn.functional.cross_entropy(
+        found.logits[-len(sample.answer_ids) :], torch.tensor(sample.answer_ids), reduction="none"
+    )
+    np.testing.assert_allclose(record.nll, nll.detach(), rtol=1e-6, atol=1e-6)
+    for layer in range(2):
+        gain = found.factors[layer].grad[:, seq_len:]
+        spread = float(gain.abs().max())
+        assert spread > 1e-3
+        np.testing.assert_allclose(record.gain[layer], gain[..., :seq_len], rtol=1e-6, atol=1e-6 * spread)
+        np.testing.assert_allclose(record.attention[layer], found.attention[layer][:, seq_len:, :seq_len], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_features_equal_a_loop_over_entries(kind):
+    loaded = toy.build_loaded(kind)
+    (sample,) = toy.make_samples(1, n_context=90)
+    ids, window = sample.context_ids, _window(kind)
+    record = run_prompt(loaded.model, ids, ["last"], 7)
+    found = toy.full_pass(loaded.model, ids, window)
+    rows = feature_rows(len(ids), 7)
+    assert len(rows) == 7
+    assert rows[-1] == 89
+    for layer, features in enumerate(record.features):
+        sink, entropy, profile = np.zeros(4), np.zeros(4), np.zeros((4, len(DISTANCE_EDGES)))
+        for head in range(4):
+            for row in rows:
+                attention = found.attention[layer][head, row].tolist()
+                visible = min(row + 1, window or row + 1)
+                for column, a in enumerate(attention[: row + 1]):
+                    sink[head] += a * (column < SINK)
+                    entropy[head] -= a * math.log(a) / math.log(visible) if a > 0 else 0
+                    profile[head, max(k for k, edge in enumerate(DISTANCE_EDGES) if edge <= row - column)] += a
+        np.testing.assert_allclose(features.sink_mass, sink / 7, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(features.entropy, entropy / 7, rtol=1e-4)
+        np.testing.assert_allclose(features.distance_profile, profile / 7, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(features.distance_profile.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_prompts_longer_than_one_block(kind):
+    """600 tokens: several query blocks, and the blocked sliding window."""
+    model = toy.build_model(kind)
+    (sample,) = toy.make_samples(1, n_context=600)
+    record = run_prompt(model, sample.context_ids, default_statistics((32,)), 64)
+    found = toy.full_pass(model, sample.context_ids, _window(kind))
+    for layer in range(2):
+        for name, value in record.selection[layer].items():
+            expected = _literal_statistic(name, found.attention[layer], found.keys[layer], found.values[layer])
+            np.testing.assert_allclose(value, expected, rtol=5e-4, atol=2e-5, err_msg=f"{name} of layer {layer}")
+        np.testing.assert_allclose(record.keys[layer], found.keys[layer], rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_parameters_give_the_same_probes():
+    model = toy.build_model("llama")
+    (sample,) = toy.make_samples(1)
+    prompt = run_prompt(model, sample.context_ids, ["last"], 4)
+    tokens = probe_tokens(sample.question_ids, sample.answer_ids)
+    free = run_probes(model, prompt.keys, prompt.values, tokens)
+    frozen = run_probes(model.requires_grad_(False), prompt.keys, prompt.values, tokens)
+    for a, b in zip(free.gain, frozen.gain, strict=True):
+        assert torch.equal(a, b)
+    assert all(p.grad is None for p in model.parameters())
