@@ -48,14 +48,18 @@ def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
         For paired comparisons on the same prompts.
     """
     n = len(reality.samples)
-    able = [r for r in rows if r.status == "ok" and r.budget and r.change and r.score and not r.degenerate and not _is_control(r)]
+    able = [
+        r for r in rows if r.status == "ok" and r.budget and r.change and r.score and not r.degenerate and not _is_control(r)
+    ]
     if not able:
         return Answer("No compressed configuration was run for real: there is nothing to recommend.", (), None)
     good = [r for r in able if r.change and r.change.low >= -TOLERANCE]
     if not good:
         best = max(able, key=lambda r: (r.score.mean if r.score else 0.0, -(r.kv_bytes or 0.0)))
         loss = best.change.text(sign=True) if best.change else "-"
-        headline = f"No configuration kept the score within {TOLERANCE:g} of the full cache; keep the full cache for this workload."
+        headline = (
+            f"No configuration kept the score within {TOLERANCE:g} of the full cache; keep the full cache for this workload."
+        )
         return Answer(headline, (f"the closest is {best.policy}: score change {loss} on {n} prompts",), None)
     smallest = min(r.kv_bytes or 0.0 for r in good)
     peers = [r for r in good if (r.kv_bytes or 0.0) <= smallest * 1.01]
@@ -79,7 +83,9 @@ def _headline(row: TableRow) -> str:
 
 
 def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int) -> list[str]:
-    lines = [f"smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below the full cache ({n} prompts)"]
+    lines = [
+        f"smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below the full cache ({n} prompts)"
+    ]
     tied = []
     own = reality.values(best.policy, "answer_accuracy")
     for row in able:
@@ -107,9 +113,12 @@ def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
     degenerate = [r.policy for r in rows if r.degenerate and r.status == "ok"]
     if degenerate:
         found.append(f"degenerate (budget = sink + window, nothing left to choose): {', '.join(degenerate)}")
-    beaten = [r.policy for r in rows if r.beats_control is False]
-    if beaten:
-        found.append(f"not better than the random control of the same budget: {', '.join(beaten)}")
+    beaten: dict[str | None, list[str]] = {}
+    for row in rows:
+        if row.beats_control is False:
+            beaten.setdefault(row.budget, []).append(row.method)
+    for budget, methods in beaten.items():
+        found.append(f"at {budget} no clear gain over random entries with the same kind of protection: {', '.join(methods)}")
     truncated = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_truncated")})
     if truncated:
         found.append(f"{len(truncated)} prompts have longer answers than were scored: their first tokens only")
@@ -118,5 +127,7 @@ def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
         found.append(f"{len(own)} prompts have no gold answer: the full cache's own answer is the reference")
     full = [r["score"] for r in reality.records if r["policy"] == "full" and r["status"] == "ok"]
     if full and sum(full) / len(full) < 0.5:
-        found.append(f"the full cache itself scores only {sum(full) / len(full):.2f}: losses by compression are hard to see here")
+        found.append(
+            f"the full cache itself scores only {sum(full) / len(full):.2f}: losses by compression are hard to see here"
+        )
     return found

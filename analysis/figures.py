@@ -75,14 +75,18 @@ _ACCURACY = (
     "Share of answer tokens that are right when the gold answer is fed through the compressed cache; bars are 95 % intervals over "
     "prompts. The dashed line is the full cache, the dotted one the random control with the same protected entries."
 )
-_PARETO = "Task score against bytes that hold kept entries after the prompt, measured from the tensors. Rings mark the Pareto front."
+_PARETO = (
+    "Task score against bytes that hold kept entries after the prompt, measured from the tensors. Rings mark the Pareto front."
+)
 _SCATTER = (
     "Each point is one configuration: predicted harm from the capture (to the right is worse) against real answer accuracy. One colour "
     "per budget; a good prediction falls from top left to bottom right within each colour."
 )
 
 
-def _figure(name: str, title: str, caption: str, rows: Sequence[TableRow], draw: Callable[[Axes, Sequence[TableRow]], None]) -> Figure:
+def _figure(
+    name: str, title: str, caption: str, rows: Sequence[TableRow], draw: Callable[[Axes, Sequence[TableRow]], None]
+) -> Figure:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,10 +168,28 @@ def _draw_pareto(axes: Axes, rows: Sequence[TableRow]) -> None:
         axes.plot([(r.kv_bytes or 0.0) / 1e6 for r in points], [r.score.mean for r in points if r.score], label=method, **style)
     full = next((r for r in rows if r.policy == FULL and r.score and r.kv_bytes), None)
     if full and full.score and full.kv_bytes:
-        axes.plot([full.kv_bytes / 1e6], [full.score.mean], marker="*", markersize=12, color="#555555", linestyle="", label="full cache")
+        axes.plot(
+            [full.kv_bytes / 1e6],
+            [full.score.mean],
+            marker="*",
+            markersize=12,
+            color="#555555",
+            linestyle="",
+            label="full cache",
+        )
     front = pareto_rows(rows)
     xs, ys = [(r.kv_bytes or 0.0) / 1e6 for r in front], [r.score.mean for r in front if r.score]
-    axes.plot(xs, ys, marker="o", markersize=12, markerfacecolor="none", color="#777777", linewidth=0.8, zorder=1, label="Pareto front")
+    axes.plot(
+        xs,
+        ys,
+        marker="o",
+        markersize=12,
+        markerfacecolor="none",
+        color="#777777",
+        linewidth=0.8,
+        zorder=1,
+        label="Pareto front",
+    )
     axes.set_xscale("log")
     axes.set_ylim(-0.02, 1.05)
     axes.set_xlabel("KV cache after the prompt (MB, log scale)")

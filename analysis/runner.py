@@ -69,7 +69,16 @@ class FidelitySummary:
 
 def agreement_grid(agreements: Sequence[Agreement]) -> str:
     """Return the agreement with each real figure as an aligned table."""
-    header = ["real figure", "budgets", "tau harm (95 %)", "tau recall (95 %)", "harm - recall (95 %)", "ceiling", "regret top 3", "tied best in top 3"]
+    header = [
+        "real figure",
+        "budgets",
+        "tau harm (95 %)",
+        "tau recall (95 %)",
+        "harm - recall (95 %)",
+        "ceiling",
+        "regret top 3",
+        "tied best in top 3",
+    ]
     rows = [
         [
             a.truth,
@@ -141,7 +150,9 @@ def _measure(cells: list[Cell], draws: int, seed: int) -> tuple[Agreement, ...]:
     return tuple(agreements)
 
 
-def run_fidelity(pairs: Sequence[tuple[Path, Path]], draws: int = 2000, seed: int = 0, out: Path | None = None) -> FidelitySummary:
+def run_fidelity(
+    pairs: Sequence[tuple[Path, Path]], draws: int = 2000, seed: int = 0, out: Path | None = None
+) -> FidelitySummary:
     """Measure how well the ranking of simulate folders agrees with infer folders.
 
     Parameters

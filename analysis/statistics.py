@@ -44,12 +44,19 @@ def percentile_interval(point: float, drawn: Float) -> Interval:
     return Interval(point, float(low), float(high))
 
 
-def mean_interval(values: Float, draws: int = 2000, seed: int = 0) -> Interval:
+def mean_interval(values: Float, draws: int = 2000, seed: int = 0, binary: bool | None = None) -> Interval:
     """Return the mean of S values with a bootstrap interval.
 
-    Where all values are 0 or 1 it is Wilson's interval: the bootstrap of identical values would claim certainty.
+    A figure that is 0 or 1 gets Wilson's interval instead: the bootstrap of identical values would claim certainty.
+
+    Parameters
+    ----------
+    values : ndarray of shape (S,)
+    draws, seed : int
+    binary : bool, optional
+        Whether the figure can only be 0 or 1; default: judged by the values.
     """
-    if np.isin(values, (0.0, 1.0)).all():
+    if np.isin(values, (0.0, 1.0)).all() if binary is None else binary:
         return wilson_interval(int(values.sum()), len(values))
     rng = np.random.default_rng(seed)
     return percentile_interval(float(values.mean()), weights(len(values), draws, rng) @ values)

@@ -72,7 +72,7 @@ class TableRow:
         """Return warnings in a few words."""
         notes = [self.status] if self.status != "ok" else []
         notes += ["degenerate"] if self.degenerate else []
-        notes += ["not better than random"] if self.beats_control is False else []
+        notes += ["≤ random"] if self.beats_control is False else []
         return ", ".join(notes)
 
 
@@ -92,7 +92,9 @@ def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> Tab
     degenerate = any(r["degenerate"] for r in records)
     if bad:
         return TableRow(**base, status=bad[0]["status"], message=bad[0]["message"], degenerate=degenerate)
-    score, accuracy, full = (_values(reality, p, k) for p, k in ((policy, "score"), (policy, "answer_accuracy"), (FULL, "score")))
+    score, accuracy, full = (
+        _values(reality, p, k) for p, k in ((policy, "score"), (policy, "answer_accuracy"), (FULL, "score"))
+    )
     control = _control(reality, first)
     held = np.asarray([r["kv_bytes_prompt_end"] - r["slack_bytes"] for r in records], dtype=np.float64)
     whole = np.asarray([r["kv_bytes_full"] for r in records], dtype=np.float64)
@@ -104,7 +106,7 @@ def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> Tab
         retention=float(np.mean([r["retention"] for r in records])),
         harm=predicted["harm"] if predicted else None,
         score=None if score is None else mean_interval(score),
-        accuracy=None if accuracy is None else mean_interval(accuracy),
+        accuracy=None if accuracy is None else mean_interval(accuracy, binary=False),
         change=None if score is None or full is None or policy == FULL else paired_interval(score, full),
         kv_bytes=float(held.mean()),
         saved=float(1 - held.sum() / whole.sum()),

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kendalltau
+
+from kvtool.analysis.statistics import mean_interval, paired_interval, tau_b, weights, wilson_interval
+
+small = st.integers(0, 4).map(float)
+
+
+@given(st.lists(st.tuples(small, small), min_size=2, max_size=9))
+def test_tau_b_against_scipy(pairs: list[tuple[float, float]]) -> None:
+    x, y = (np.asarray(v, dtype=float) for v in zip(*pairs, strict=True))
+    ours = tau_b(x[:, None], y[:, None])[0]
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert np.isnan(ours)
+    else:
+        assert ours == pytest.approx(kendalltau(x, y).statistic, abs=1e-12)
+
+
+def test_tau_b_takes_rounding_noise_for_a_tie() -> None:
+    x = np.asarray([[1.0], [1.0 + 1e-13], [2.0]])
+    y = np.asarray([[2.0], [1.0], [3.0]])
+    assert tau_b(x, y)[0] == pytest.approx(kendalltau([1, 1, 2], [2, 1, 3]).statistic)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (57, 100)])
+def test_wilson_against_scipy(hits: int, n: int) -> None:
+    from scipy.stats import binomtest
+
+    want = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    got = wilson_interval(hits, n)
+    assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-12)
+
+
+def test_bootstrap_interval_of_a_mean_is_close_to_the_normal_one() -> None:
+    values = np.random.default_rng(0).normal(3, 2, size=200)
+    got = mean_interval(values)
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert got.mean == pytest.approx(values.mean())
+    assert (got.low, got.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.06)
+
+
+def test_zeros_and_ones_get_wilson() -> None:
+    assert mean_interval(np.ones(8)).low == pytest.approx(wilson_interval(8, 8).low)
+
+
+def test_paired_interval_sees_a_small_constant_difference() -> None:
+    base = np.random.default_rng(1).normal(0, 10, size=30)
+    got = paired_interval(base + 0.1, base)
+    assert (got.mean, got.low, got.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_weights_sum_to_one() -> None:
+    np.testing.assert_allclose(weights(7, 50, np.random.default_rng(0)).sum(1), 1)
