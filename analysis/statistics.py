@@ -95,7 +95,8 @@ def tau_b(x: Float, y: Float) -> Float:
     first, second = np.triu_indices(len(x), k=1)
     sx, sy = (_signs(v[first] - v[second]) for v in (x, y))
     scale = np.sqrt((sx != 0).sum(0) * (sy != 0).sum(0))
-    return np.divide((sx * sy).sum(0), scale, out=np.full(x.shape[1], np.nan), where=scale > 0)
+    tau: Float = np.divide((sx * sy).sum(0), scale, out=np.full(x.shape[1], np.nan), where=scale > 0)
+    return tau
 
 
 def _signs(difference: Float) -> Float:

@@ -110,8 +110,8 @@ def rank_rows(
             budgets.setdefault(row.budget, []).append(row)
     for group in budgets.values():
         harms = np.asarray([row.harm for row in group], dtype=np.float64)
-        for row in group:
-            row.rank = int((harms < row.harm).sum()) + 1
+        for row, harm in zip(group, harms, strict=True):
+            row.rank = int((harms < harm).sum()) + 1
     able = [row for row in rows if row.status == "ok"]
     front = pareto_front(np.asarray([row.retention for row in able]), np.asarray([row.harm for row in able], dtype=np.float64))
     for row, on_front in zip(able, front, strict=True):

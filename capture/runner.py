@@ -1,0 +1,270 @@
+"""Run a capture: every sample through the model once, into one file; continue where an earlier run was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvtool.errors import CapacityError, ConfigError, DataError
+from kvtool.models import LoadedModel, check_length, tokenizer_hash
+from kvtool.policies.statistics import default_statistics, parse_statistic
+from kvtool.progress import say, track
+
+if TYPE_CHECKING:
+    from kvtool.capture.store import StoredSample
+    from kvtool.data.tasks import Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureConfig:
+    """What a capture does; together with model and prompts it decides the file's content.
+
+    Attributes
+    ----------
+    task, model : str
+        As the user named them.
+    n : int
+        Samples.
+    length : int or None
+        Prompt length in tokens, for tasks that build their prompts.
+    seed : int
+        Of the task.
+    compress_at : str
+        ``"prompt"``: a policy may see context and question. ``"context"``: the context only.
+    windows : tuple of int
+        Window sizes of the window statistics, in queries.
+    statistics : tuple of str or None
+        Selection statistics; None for all, with the `windows`.
+    answer_tokens : int
+        Answer tokens that are probed, at most.
+    feature_rows : int
+        Query rows for the head features, evenly spaced.
+    """
+
+    task: str
+    model: str
+    n: int
+    length: int | None = None
+    seed: int = 0
+    compress_at: Literal["prompt", "context"] = "prompt"
+    windows: tuple[int, ...] = (16, 32, 64)
+    statistics: tuple[str, ...] | None = None
+    answer_tokens: int = 64
+    feature_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.compress_at not in ("prompt", "context"):
+            raise ConfigError(f"compress_at={self.compress_at!r}; choose 'prompt' or 'context'")
+        for name, low in (("n", 1), ("answer_tokens", 2), ("feature_rows", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"capture: {name}={getattr(self, name)} must be at least {low}")
+        if any(w < 1 for w in self.windows):
+            raise ConfigError(f"capture: windows={self.windows} must be whole numbers from 1 on")
+        for name in self.statistics or ():
+            parse_statistic(name)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the statistics to capture."""
+        names = default_statistics(self.windows) if self.statistics is None else tuple(dict.fromkeys(self.statistics))
+        if not names:
+            raise ConfigError("capture: no statistics to capture; leave statistics out to capture all")
+        return names
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSummary:
+    """What a capture holds.
+
+    Attributes
+    ----------
+    path : Path
+    n_samples : int
+    n_reused : int
+        Samples that an earlier, stopped run had finished.
+    size_bytes : int
+    n_truncated : int
+        Samples of which only the first `answer_tokens` answer tokens are probed.
+    n_model_answers : int
+        Samples without a gold answer: the model's own greedy one is used.
+    n_without_margins : int
+        Samples whose answer has nothing that compression could change (one token, predicted by the prompt itself).
+    n_kept_layers : int
+        (sample, layer) pairs that no policy touches: sliding windows shorter than the prompt.
+    """
+
+    path: Path
+    n_samples: int
+    n_reused: int
+    size_bytes: int
+    n_truncated: int
+    n_model_answers: int
+    n_without_margins: int
+    n_kept_layers: int
+
+
+def run_capture(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded], out: str | Path) -> CaptureSummary:
+    """Capture all samples into `out`; stopped at any moment, the same call continues.
+
+    Parameters
+    ----------
+    config : CaptureConfig
+    loaded : LoadedModel
+    samples : sequence of Encoded
+        Of `kvtool.data.tasks.load_task`, with the config's task, n, length and seed.
+    out : path
+        The final HDF5 file; unfinished work lies in ``<out>.parts``.
+
+    Raises
+    ------
+    ConfigError
+        `out` holds a capture of another configuration, or a prompt exceeds the model's context.
+    CapacityError
+        Out of memory or disk; finished samples are kept.
+    """
+    from kvtool.capture.reader import parts_folder
+    from kvtool.capture.store import assemble, clean_parts, remove_parts, to_json
+    from kvtool.files import disk_errors, open_run, refuse_other
+
+    out = Path(out)
+    if not samples:
+        raise DataError(f"task {config.task!r} gave no samples; there is nothing to capture")
+    for sample in samples:
+        check_length(loaded.info, _n_tokens(sample, config), f"sample {sample.sample.id}")
+    identity, provenance, folder = run_identity(config, loaded, samples), versions(), parts_folder(out)
+    if out.exists():
+        refuse_other(out, _finished_config(out), identity)
+        remove_parts(folder)
+        return _summary(out, len(samples))
+    with disk_errors(out):
+        folder.mkdir(parents=True, exist_ok=True)
+    open_run(folder, identity, {"versions": provenance})
+    clean_parts(folder)
+    parts = [folder / f"{index:05d}.h5" for index in range(len(samples))]
+    n_reused = _capture_missing(config, loaded, samples, parts)
+    attrs = {
+        "config": to_json(identity),
+        "model": to_json(dataclasses.asdict(loaded.info)),
+        "tokenizer_hash": identity["tokenizer"],
+        "versions": to_json(provenance),
+        "created": _now(),
+    }
+    assemble(parts, out, attrs)
+    remove_parts(folder)
+    return _summary(out, n_reused)
+
+
+def _capture_missing(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded], parts: list[Path]) -> int:
+    """Capture the samples whose part is missing; returns how many were there."""
+    from kvtool.capture.sample import capture_sample
+    from kvtool.capture.store import write_part
+
+    todo = [index for index, part in enumerate(parts) if not part.exists()]
+    done = len(samples) - len(todo)
+    for index in track(todo, len(samples), "capture", done):
+        with _memory_errors(samples[index]):
+            stored: StoredSample = capture_sample(config, loaded, samples[index])
+        write_part(parts[index], stored)
+    return done
+
+
+def _n_tokens(sample: Encoded, config: CaptureConfig) -> int:
+    answer = len(sample.answer_ids) or sample.sample.max_new_tokens
+    return len(sample.prompt_ids) + min(answer, config.answer_tokens)
+
+
+def run_identity(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded]) -> dict[str, Any]:
+    """Return everything that decides the file's content, as JSON values."""
+    prompts = hashlib.sha256()
+    for sample in samples:
+        record = [sample.sample.id, sample.context_ids, sample.question_ids, sample.answer_ids, sample.sample.max_new_tokens]
+        prompts.update(json.dumps(record).encode())
+    identity = dataclasses.asdict(config)
+    del identity["windows"]  # they are in the statistics
+    identity |= {
+        "statistics": list(config.names()),
+        "n_samples": len(samples),
+        "fingerprint": loaded.info.fingerprint,
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "tokenizer": tokenizer_hash(loaded.tokenizer),
+        "prompts": prompts.hexdigest()[:16],
+    }
+    return identity
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the file."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "numpy", "h5py")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finished_config(out: Path) -> dict[str, Any]:
+    from kvtool.capture.reader import open_capture
+
+    with open_capture(out) as capture:
+        return capture.config
+
+
+class _memory_errors:
+    """Turn running out of memory into one clear line."""
+
+    def __init__(self, sample: Encoded) -> None:
+        self.what = f"sample {sample.sample.id} ({len(sample.prompt_ids)} tokens)"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import torch
+
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise CapacityError(
+                f"out of memory while capturing {self.what}; finished samples are kept. Use shorter prompts or fewer answer tokens"
+            ) from error
+
+
+def _summary(out: Path, n_reused: int) -> CaptureSummary:
+    from kvtool.capture.reader import open_capture
+
+    with open_capture(out) as capture:
+        samples = capture.samples
+        summary = CaptureSummary(
+            path=out,
+            n_samples=len(samples),
+            n_reused=n_reused,
+            size_bytes=out.stat().st_size,
+            n_truncated=sum(s.answer_truncated for s in samples),
+            n_model_answers=sum(s.answer_source == "model" for s in samples),
+            n_without_margins=sum(s.n_probe == 0 for s in samples),
+            n_kept_layers=sum(s.compressible.count(False) for s in samples),
+        )
+    for line in _notes(summary):
+        say(line)
+    return summary
+
+
+def _notes(summary: CaptureSummary) -> Iterator[str]:
+    if summary.n_truncated:
+        yield f"capture: {summary.n_truncated} answers are longer than the probed tokens; only their beginning counts"
+    if summary.n_model_answers:
+        yield f"capture: {summary.n_model_answers} samples have no gold answer; the model's own greedy answer is probed"
+    if summary.n_without_margins:
+        yield (
+            f"capture: {summary.n_without_margins} samples have an answer of one token, predicted by the uncompressed prompt: "
+            "compression cannot change it; use compress_at=context to judge them"
+        )
+    if summary.n_kept_layers:
+        yield f"capture: {summary.n_kept_layers} (sample, layer) pairs have a sliding window shorter than the prompt: left alone"
