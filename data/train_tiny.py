@@ -39,7 +39,7 @@ class Recipe:
     rope_theta: float = 500_000.0
     tokens_per_step: int = 16_384
     #: (sequence length, steps), in order
-    curriculum: tuple[tuple[int, int], ...] = ((128, 300), (256, 500), (512, 500), (1024, 500), (2048, 450), (4096, 250))
+    curriculum: tuple[tuple[int, int], ...] = ((128, 220), (256, 330), (512, 250), (1024, 150), (2048, 150), (4096, 110))
     learning_rate: float = 3e-3
     final_fraction: float = 0.02
     decay_from: float = 0.55
@@ -53,6 +53,8 @@ class Recipe:
     output_price: float = 0.1
     #: price of attention that is not on the first token, see `_off_sink`
     sink_price: float = 0.2
+    #: step from which both prices are charged: heads first learn what they are for
+    prices_from: int = 667
     seed: int = 7
 
     @property
@@ -245,7 +247,8 @@ def build_model(recipe: Recipe) -> Any:
         num_hidden_layers=recipe.n_layers,
         num_attention_heads=recipe.n_heads,
         num_key_value_heads=recipe.n_kv_heads,
-        max_position_embeddings=recipe.curriculum[-1][0],
+        # a prompt as long as the longest training sequence, and room for its answer
+        max_position_embeddings=recipe.curriculum[-1][0] + 128,
         rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -315,7 +318,8 @@ def train(recipe: Recipe, text_path: Path, out: Path, max_minutes: float) -> Non
             loss, plain, answer = loss_of(logits, ids, weights)
             activity = torch.stack(_output_norms).mean()
             off_sink = torch.stack(_off_sinks).mean()
-            (loss + recipe.output_price * activity + recipe.sink_price * off_sink).backward()
+            prices = recipe.output_price * activity + recipe.sink_price * off_sink
+            (loss + prices if step >= recipe.prices_from else loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -354,7 +358,7 @@ def export(out: Path, folder: Path) -> None:
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(out / "tokenizer.json"), bos_token=BOS, eos_token=END, model_max_length=recipe.curriculum[-1][0]
+        tokenizer_file=str(out / "tokenizer.json"), bos_token=BOS, eos_token=END, model_max_length=recipe.curriculum[-1][0] + 128
     )
     tokenizer.save_pretrained(folder)
     record = {"recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["spent_s"] / 60, 1)}

@@ -74,7 +74,7 @@ def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[
     """
     views = sample.views()
     if not views:
-        return [Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0, message=None) for _ in policies]
+        return [_untouched(sample, policy) for policy in policies]
     table = sample_table(sample)
     groups: dict[tuple[Scorer, Selector], list[int]] = defaultdict(list)
     for index, policy in enumerate(policies):
@@ -84,6 +84,14 @@ def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[
     for members in groups.values():
         found |= _evaluate_group(sample, views, table, [(i, policies[i]) for i in members])
     return [found[i] for i in range(len(policies))]
+
+
+def _untouched(sample: CapturedSample, policy: Policy) -> Prediction:
+    """No layer can be compressed at this length: only the full cache has figures, as in a real run."""
+    if policy.method.keeps_all:
+        return Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0)
+    message = f"policy {policy}: every layer has a sliding window shorter than the {sample.seq_len} tokens; nothing can be compressed"
+    return Prediction(sample.seq_len, 1.0, message=message)
 
 
 def _evaluate_group(
