@@ -64,7 +64,9 @@ class FidelitySummary:
         """Return what the command prints."""
         prompts = "the same prompts" if self.paired else "other prompts than the capture's"
         note = f"{self.n_cells} budgets on {prompts}; {self.n_left_out} configurations left out (degenerate, impossible or not run)"
-        legend = "intervals: 95 %, over resampled prompts; ceiling: tau between halves of the prompts; two figures: harm, recall"
+        legend = (
+            "intervals: 95 %, over resampled prompts; ceiling: tau between halves of the prompts; two figures: harm, recall"
+        )
         return "\n".join([agreement_grid(self.agreements), "", note, legend])
 
 

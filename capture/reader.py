@@ -31,6 +31,7 @@ SCHEMA = "kvtool.capture/1"
 
 __all__ = ["SCHEMA", "Capture", "CapturedSample", "CapturedView", "Features", "Probes", "open_capture"]
 
+
 def parts_folder(path: Path) -> Path:
     """Return the folder in which a running capture keeps its finished samples."""
     return path.with_name(path.name + ".parts")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvtool.errors import CapacityError, ConfigError, DataError
-from kvtool.models import LoadedModel, check_length, tokenizer_hash
+from kvtool.models import LoadedModel, ModelInfo, check_length, tokenizer_hash
 from kvtool.policies.statistics import default_statistics, parse_statistic
 from kvtool.progress import say, track
 
@@ -105,6 +105,45 @@ class CaptureSummary:
     n_model_answers: int
     n_without_margins: int
     n_kept_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureEstimate:
+    """What a capture would hold.
+
+    Attributes
+    ----------
+    n_samples : int
+    size_bytes : int
+        Of the arrays, before HDF5's own overhead.
+    longest : int
+        Prompt tokens of the longest sample.
+    """
+
+    n_samples: int
+    size_bytes: int
+    longest: int
+
+
+def estimate(config: CaptureConfig, info: ModelInfo, samples: Sequence[Encoded]) -> CaptureEstimate:
+    """Return the size of a capture without making it.
+
+    Raises
+    ------
+    ConfigError
+        A prompt exceeds the model's context.
+    """
+    per_position = sum(info.n_kv_heads if name.startswith(("key", "value")) else info.n_heads for name in config.names()) * 4
+    total = 0
+    for sample in samples:
+        check_length(info, _n_tokens(sample, config), f"sample {sample.sample.id}")
+        at_context = config.compress_at == "context"
+        length = len(sample.context_ids if at_context else sample.prompt_ids)
+        answer = min(len(sample.answer_ids) or sample.sample.max_new_tokens, config.answer_tokens)
+        n_probe = (len(sample.question_ids) if at_context else 0) + answer - 1
+        # two float16 rows, attention and gain, per query head and probe token
+        total += info.n_layers * length * (per_position + info.n_heads * n_probe * 2 * 2)
+    return CaptureEstimate(len(samples), total, max(len(sample.prompt_ids) for sample in samples))
 
 
 def run_capture(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded], out: str | Path) -> CaptureSummary:

@@ -34,7 +34,9 @@ def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded)
         The model gave values that are not finite.
     """
     model, sample = loaded.model, encoded.sample
-    whole = list(encoded.answer_ids) or greedy_answer(model, encoded.prompt_ids, min(sample.max_new_tokens, config.answer_tokens))
+    whole = list(encoded.answer_ids) or greedy_answer(
+        model, encoded.prompt_ids, min(sample.max_new_tokens, config.answer_tokens)
+    )
     answer = whole[: config.answer_tokens]
     question = encoded.question_ids if config.compress_at == "context" else []
     compressed = encoded.context_ids if config.compress_at == "context" else encoded.prompt_ids

@@ -208,7 +208,9 @@ def _copy_parts(parts: list[Path], target: Any, attrs: Mapping[str, Any]) -> Non
                     source.copy(source[_GROUP], samples, name=f"{index:05d}")
             except (OSError, KeyError, RuntimeError) as error:
                 what = " ".join(str(error).split())[:160]
-                raise DataError(f"captured sample {part} is damaged ({what}); remove that file and run the same command") from error
+                raise DataError(
+                    f"captured sample {part} is damaged ({what}); remove that file and run the same command"
+                ) from error
 
 
 def _sync_folder(folder: Path) -> None:

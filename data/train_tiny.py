@@ -358,7 +358,10 @@ def export(out: Path, folder: Path) -> None:
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(out / "tokenizer.json"), bos_token=BOS, eos_token=END, model_max_length=recipe.curriculum[-1][0] + 128
+        tokenizer_file=str(out / "tokenizer.json"),
+        bos_token=BOS,
+        eos_token=END,
+        model_max_length=recipe.curriculum[-1][0] + 128,
     )
     tokenizer.save_pretrained(folder)
     record = {"recipe": asdict(recipe), "steps": state["step"], "minutes": round(state["spent_s"] / 60, 1)}

@@ -90,7 +90,9 @@ def _untouched(sample: CapturedSample, policy: Policy) -> Prediction:
     """No layer can be compressed at this length: only the full cache has figures, as in a real run."""
     if policy.method.keeps_all:
         return Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0)
-    message = f"policy {policy}: every layer has a sliding window shorter than the {sample.seq_len} tokens; nothing can be compressed"
+    message = (
+        f"policy {policy}: every layer has a sliding window shorter than the {sample.seq_len} tokens; nothing can be compressed"
+    )
     return Prediction(sample.seq_len, 1.0, message=message)
 
 
