@@ -335,7 +335,7 @@ def analyze_fidelity(folders: tuple[Path, ...], draws: int, seed: int, out: Path
 @cli.command()
 @model_options
 @click.option("--length", default=1024, show_default=True, help="Prompt length in tokens.")
-@click.option("--n", "-n", default=16, show_default=True, help="Prompts to capture, and as many fresh ones to run.")
+@click.option("--n", "-n", default=32, show_default=True, help="Prompts to capture, and as many fresh ones to run.")
 @out_option("kvtool-demo", "Folder to write.")
 @json_option
 def demo(model: str, device: str, dtype: str, length: int, n: int, out: Path, as_json: bool) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 #: the real run uses other prompts than the capture
 FRESH_SEED = 1000
-POLICIES = ("window", "streaming", "h2o", "snapkv", "snapkv:window=16", "random")
+POLICIES = ("window", "streaming", "h2o", "snapkv", "snapkv:window=16,kernel=15", "random")
 BUDGETS = ("4%", "8%", "16%", "32%")
 
 
@@ -32,7 +32,7 @@ class DemoConfig:
 
     model: str = "tiny"
     length: int = 1024
-    n: int = 16
+    n: int = 32
     refine: int = 12
 
 

@@ -158,8 +158,10 @@ class CapturedSample:
         with damage(self.capture.path):
             group = self.capture.group(self.index)["features"]
             edges = np.asarray(group["distance_profile"].attrs["edges"], dtype=np.int64)
-            arrays = [np.asarray(group[key][()], dtype=np.float32) for key in ("sink_mass", "entropy", "distance_profile")]
-            return Features(*arrays, edges, int(group.attrs["n_rows"]), int(group.attrs["sink"]))
+            sink_mass, entropy, profile = (
+                np.asarray(group[key][()], dtype=np.float32) for key in ("sink_mass", "entropy", "distance_profile")
+            )
+            return Features(sink_mass, entropy, profile, edges, int(group.attrs["n_rows"]), int(group.attrs["sink"]))
 
     def probes(self) -> Probes:
         """Return the evaluation probes with their scale applied."""
