@@ -128,14 +128,22 @@ def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": line, "markersize": 5}
 
 
-def _log_percent_axis(axes: Axes, rows: Sequence[TableRow]) -> None:
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis with a plain label at each of `values`; those closer than a tenth share one."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    ticks = sorted({round(100 * row.retention, 1) for row in rows if row.retention is not None and row.budget})
+    ticks: list[float] = []
+    for value in sorted(values):
+        if not ticks or value > 1.1 * ticks[-1]:
+            ticks.append(value)
     axes.set_xscale("log")
     axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_percent_axis(axes: Axes, rows: Sequence[TableRow]) -> None:
+    _log_axis(axes, [100 * row.retention for row in rows if row.retention is not None and row.budget])
     axes.set_xlabel("KV entries kept (% of the prompt, log scale)")
 
 
@@ -189,7 +197,7 @@ def _draw_pareto(axes: Axes, rows: Sequence[TableRow]) -> None:
         zorder=1,
         label="Pareto front",
     )
-    axes.set_xscale("log")
+    _log_axis(axes, [(r.kv_bytes or 0.0) / 1e6 for r in rows if r.kv_bytes])
     axes.set_ylim(-0.02, 1.05)
     axes.set_xlabel("KV cache after the prompt (MB, log scale)")
     axes.set_ylabel("task score")

@@ -53,7 +53,10 @@ def render_report(
 
 
 def _interval(value: Interval | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value.mean:.{digits}f} ({value.low:.{digits}f}–{value.high:.{digits}f})"
+    if value is None:
+        return "–"
+    mean, low, high = (f"{v:.{digits}f}".replace("-", "\u2212") for v in (value.mean, value.low, value.high))
+    return f"{mean} ({low} to {high})"
 
 
 def _facts(simulation: Simulation | None, reality: Reality) -> list[tuple[str, str]]:
