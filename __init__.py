@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvtool.attention import prepare
     from kvtool.capture.reader import open_capture
     from kvtool.infer.cache import CompressedCache
-    from kvtool.models import load_model, prepare
+    from kvtool.models import load_model
     from kvtool.policies import Policy, select
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ _PUBLIC = {
     "Policy": "kvtool.policies",
     "load_model": "kvtool.models",
     "open_capture": "kvtool.capture.reader",
-    "prepare": "kvtool.models",
+    "prepare": "kvtool.attention",
     "select": "kvtool.policies",
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvtool.models import AttentionCall, attention_handler
+from kvtool.attention import AttentionCall, attention_handler
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvtool.attention import AttentionCall, attention_handler, dense_attention
 from kvtool.capture.features import HeadFeatures, compute_features
-from kvtool.models import AttentionCall, attention_handler, dense_attention
 from kvtool.policies.statistics import AttentionInputs, compute_statistics
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtool.attention import AttentionCall, attention_handler, dense_attention
 from kvtool.data.metrics import score
 from kvtool.data.tasks import Encoded, load_task
-from kvtool.models import AttentionCall, LoadedModel, attention_handler, dense_attention, load_model
+from kvtool.models import LoadedModel, load_model
 from kvtool.policies.statistics import AttentionInputs, attention_rows
 
 #: seed of the prompts of the card; training draws from another text and other seeds

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvtool.attention import AttentionCall, dense_attention, forget_handover, hand_over, prepare
 from kvtool.errors import ConfigError, KvtoolError, UnsupportedModelError
 from kvtool.infer.kernels import check_kernel, pick_kernel, ragged_attention
 from kvtool.infer.live import Kept, PromptLayer, build_store, choose, clock, observe
 from kvtool.infer.ragged import ROOM, RaggedStore, StoreBytes
-from kvtool.models import AttentionCall, dense_attention, forget_handover, hand_over, prepare
 from kvtool.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
         Policy or its text form, e.g. ``"snapkv:budget=10%"``.
     model : transformers model, optional
         Switched to kvtool's attention (which computes the same as SDPA for everyone else). Without it, the model must
-        have been prepared (`kvtool.models.prepare`), and compression waits for the second forward, as the number of
+        have been prepared (`kvtool.attention.prepare`), and compression waits for the second forward, as the number of
         layers is not known before.
     seeds : int or sequence of int
         Seed, or one per row of the batch, for policies that draw.

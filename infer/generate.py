@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvtool.attention import AttentionCall, attention_handler, dense_attention, prepare
 from kvtool.errors import KvtoolError
 from kvtool.infer.cache import CompressedCache
 from kvtool.infer.live import Kept, PromptLayer, choose, clock, observe
 from kvtool.infer.ragged import ROOM
-from kvtool.models import AttentionCall, attention_handler, dense_attention, prepare
 from kvtool.policies.base import Policy
 
 if TYPE_CHECKING:

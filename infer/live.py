@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvtool.models import AttentionCall
+    from kvtool.attention import AttentionCall
 
 #: ``[layer][row][KV head]`` ascending positions within the row, padding not counted.
 Kept = list[list[list["Tensor"]]]

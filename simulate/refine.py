@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvtool.models import AttentionCall, attention_handler, dense_attention, seen_cache
+from kvtool.attention import AttentionCall, attention_handler, dense_attention, seen_cache
 from kvtool.policies import Policy, kept_positions
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ def test_functions_and_modules_stay_small() -> None:
     for path in sources():
         tree = ast.parse(path.read_text())
         n_lines = len(path.read_text().splitlines())
-        if n_lines > 420:
+        if n_lines > 430:
             large.append(f"{path.relative_to(ROOT)}: {n_lines} lines")
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (size := (node.end_lineno or 0) - node.lineno + 1) > 75:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool import models
+from kvtool import attention, models
 from kvtool.errors import ConfigError, DataError, UnsupportedModelError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "opt", "gpt_neox")
@@ -27,7 +27,7 @@ def test_kvtool_attention_is_plain_attention(architecture: str, random_model: Ca
             return model(ids).logits, padded, model.generate(ids, attention_mask=padding, **options)
 
     plain = run()
-    models.prepare(model)
+    attention.prepare(model)
     ours = run()
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1], plain[1], rtol=1e-5, atol=1e-5)
@@ -52,19 +52,19 @@ def test_handler_is_removed_after_an_exception(random_model: Callable[..., Any])
     ids = torch.arange(3, 13)[None]
     before = model(ids).logits
 
-    def fail(call: models.AttentionCall) -> torch.Tensor:
+    def fail(call: attention.AttentionCall) -> torch.Tensor:
         raise RuntimeError("boom")
 
-    with pytest.raises(RuntimeError, match="boom"), models.attention_handler(model, fail):
+    with pytest.raises(RuntimeError, match="boom"), attention.attention_handler(model, fail):
         model(ids)
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(model(ids).logits, before)
 
 
 def test_a_lost_handover_is_reported() -> None:
-    models.hand_over(torch.zeros(1), lambda call: call.queries)
+    attention.hand_over(torch.zeros(1), lambda call: call.queries)
     with pytest.raises(UnsupportedModelError, match=r"kvtool.prepare\(model\)"):
-        models.hand_over(torch.zeros(1), lambda call: call.queries)
+        attention.hand_over(torch.zeros(1), lambda call: call.queries)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "nothing", "./here"])

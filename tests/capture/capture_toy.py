@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtool.attention import AttentionCall, attention_handler
 from kvtool.data.tasks import Encoded, Sample
-from kvtool.models import AttentionCall, LoadedModel, attention_handler, describe
+from kvtool.models import LoadedModel, describe
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "opt", "gpt_neox")
 VOCAB = 67

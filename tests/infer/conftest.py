@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from kvtool.attention import AttentionCall, attention_handler
 from kvtool.data.tasks import Encoded, Sample
-from kvtool.models import AttentionCall, LoadedModel, attention_handler, describe
+from kvtool.models import LoadedModel, describe
 from kvtool.policies import Budget, Method, Policy, method_classes
 from kvtool.policies.base import Allocator, LayerView, Parts, Selector
 from kvtool.policies.scorers import Accumulated

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvtool.attention import AttentionCall, attention_handler, dense_attention
 from kvtool.errors import ConfigError, KvtoolError, UnsupportedModelError
 from kvtool.infer.cache import CompressedCache
 from kvtool.infer.generate import prefill
-from kvtool.models import AttentionCall, attention_handler, dense_attention
 from kvtool.policies import Policy, kept_positions, method_classes
 from kvtool.policies.select import TensorView
 from kvtool.policies.statistics import AttentionInputs

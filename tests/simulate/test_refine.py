@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvtool.attention import AttentionCall, attention_handler
 from kvtool.capture.reader import open_capture
-from kvtool.models import AttentionCall, LoadedModel, attention_handler
+from kvtool.models import LoadedModel
 from kvtool.policies import expand_policies, kept_positions
 from kvtool.simulate.refine import refine_sample
 
