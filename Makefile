@@ -38,6 +38,8 @@ OUT_TINY ?= build/tiny
 train-tiny: install
 	test -n "$(TEXT)" || { echo "give the training text: make train-tiny TEXT=FILE" >&2; exit 2; }
 	$(BIN)/python -m kvtool.data.train_tiny --text $(TEXT) --out $(OUT_TINY)
+	$(BIN)/python -m kvtool.data.train_tiny --out $(OUT_TINY) --export $(OUT_TINY)/model
+	$(BIN)/python -m kvtool.data.evaluate_tiny --model $(OUT_TINY)/model --out $(OUT_TINY)/figures.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info $(OUT)

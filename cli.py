@@ -69,11 +69,11 @@ def _load(model: str, device: str, dtype: str) -> LoadedModel:
     return load_model(model, device, dtype)
 
 
-def _samples(loaded: LoadedModel, task: str, n: int, length: int, seed: int) -> list[Encoded]:
+def _samples(loaded: LoadedModel, task: str, n: int, length: int, seed: int, template: str | None) -> list[Encoded]:
     from kvtool.data.tasks import load_task
     from kvtool.progress import say
 
-    samples = load_task(task, loaded.tokenizer, n, length, seed)
+    samples = load_task(task, loaded.tokenizer, n, length, seed, template)
     if len(samples) < n:
         say(f"task {task} holds {len(samples)} samples; {n} were asked for")
     return samples
@@ -110,6 +110,7 @@ def capture(
     n: int,
     length: int,
     seed: int,
+    template: str | None,
     compress_at: str,
     windows: str,
     statistics: str | None,
@@ -126,7 +127,7 @@ def capture(
     from kvtool.capture.runner import CaptureConfig, run_capture
 
     loaded = _load(model, device, dtype)
-    samples = _samples(loaded, task, n, length, seed)
+    samples = _samples(loaded, task, n, length, seed, template)
     config = CaptureConfig(
         task=task,
         model=model,
@@ -237,6 +238,7 @@ def infer(
     n: int,
     length: int,
     seed: int,
+    template: str | None,
     compress_at: str,
     policies: tuple[str, ...],
     retention: str,
@@ -256,7 +258,7 @@ def infer(
 
     chosen = _shortlisted(shortlist) if shortlist else _at_budgets(policies, retention)
     loaded = _load(model, device, dtype)
-    samples = _samples(loaded, task, n, length, seed)
+    samples = _samples(loaded, task, n, length, seed, template)
     if dry_run:
         units = [{"sample": s.sample.id, "policy": str(p)} for s in samples for p in chosen]
         _emit(as_json, units, f"{len(units)} units: {len(samples)} samples x {len(chosen)} policies, and the full cache")

@@ -27,6 +27,9 @@ def model_options(command: Command) -> Command:
 def sample_options(command: Command) -> Command:
     """Options that choose the prompts."""
     for option in (
+        click.option(
+            "--template", default=None, help="For file: tasks, text with {context} and {question}; default: verbatim."
+        ),
         click.option("--seed", default=0, show_default=True, help="Seed of the prompts."),
         click.option(
             "--length", default=1024, show_default=True, help="Prompt length in tokens, for tasks that build prompts."

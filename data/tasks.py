@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,27 @@ def encode(sample: Sample, tokenizer: Any) -> Encoded:
     )
 
 
-def load_task(spec: str, tokenizer: Any, n: int, length: int = 1024, seed: int = 0) -> list[Encoded]:
+def apply_template(sample: Sample, template: str) -> Sample:
+    """Put a sample into a template with ``{context}`` and, after it, ``{question}``, each once.
+
+    What stands before the context belongs to the context, everything after it to the question: that is where
+    ``compress_at=context`` cuts.
+
+    Raises
+    ------
+    ConfigError
+        The template lacks one of them, or has them in the other order.
+    """
+    before, found, rest = template.partition("{context}")
+    between, found_too, after = rest.partition("{question}")
+    if not found or not found_too or "{context}" in rest or "{question}" in after:
+        raise ConfigError(f"template {template!r} must hold {{context}} and after it {{question}}, each once")
+    return replace(sample, context=before + sample.context, question=between + sample.question + after)
+
+
+def load_task(
+    spec: str, tokenizer: Any, n: int, length: int = 1024, seed: int = 0, template: str | None = None
+) -> list[Encoded]:
     """Build the samples of a task.
 
     Parameters
@@ -130,6 +150,8 @@ def load_task(spec: str, tokenizer: Any, n: int, length: int = 1024, seed: int =
     length : int
         Prompt length in tokens for tasks that build their prompts; ``file:`` takes its prompts as they are.
     seed : int
+    template : str, optional
+        For ``file:``, text with ``{context}`` and ``{question}``; default: context and question verbatim.
 
     Raises
     ------
@@ -142,7 +164,9 @@ def load_task(spec: str, tokenizer: Any, n: int, length: int = 1024, seed: int =
         raise ConfigError(f"{n} samples were asked for; at least 1 is needed")
     name, _, rest = spec.partition(":")
     if name == "file":
-        return load_file(Path(rest), tokenizer, n)
+        return load_file(Path(rest), tokenizer, n, template)
+    if template is not None:
+        raise ConfigError(f"task {name!r} builds its own prompts; a template goes with file:PATH.jsonl only")
     if name not in TASKS:
         known = [*TASKS, "file:PATH.jsonl"]
         raise ConfigError(f"unknown task {name!r}.{near_matches(name, known)} Known: {', '.join(known)}")
@@ -161,7 +185,7 @@ def load_task(spec: str, tokenizer: Any, n: int, length: int = 1024, seed: int =
     return task.build(TaskRequest(n, length, seed, options), tokenizer)
 
 
-def load_file(path: Path, tokenizer: Any, n: int) -> list[Encoded]:
+def load_file(path: Path, tokenizer: Any, n: int, template: str | None = None) -> list[Encoded]:
     """Read a JSONL file: ``context``, ``question``, ``answers``, optional ``id``, ``metric``, ``max_new_tokens``.
 
     Raises
@@ -182,7 +206,8 @@ def load_file(path: Path, tokenizer: Any, n: int) -> list[Encoded]:
     ids = [s.id for s in samples]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise DataError(f"task file {path}: id {twice[0]!r} occurs {ids.count(twice[0])} times; ids must be unique")
-    return [encode(sample, tokenizer) for sample in samples[:n]]
+    chosen = samples[:n] if template is None else [apply_template(sample, template) for sample in samples[:n]]
+    return [encode(sample, tokenizer) for sample in chosen]
 
 
 def _file_sample(path: Path, number: int, line: str) -> Sample:

@@ -15,6 +15,7 @@ from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, open_run, read_records
 from kvtool.models import LoadedModel, check_length, tokenizer_hash
 from kvtool.policies.base import Policy
+from kvtool.policies.select import refuse_impossible
 from kvtool.progress import track
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def run_infer(
     wanted = with_full(policies)
     for sample in samples:
         check_length(loaded.info, _n_tokens(sample, config), f"sample {sample.sample.id}")
+    at_context = config.compress_at == "context"
+    refuse_impossible(wanted, [len(s.context_ids if at_context else s.prompt_ids) for s in samples])
     resumed = open_run(folder, run_identity(config, loaded, samples, wanted), provenance(loaded))
     path = folder / RECORDS
     found = {record["unit"]: record for record in read_records(path)} if resumed else {}

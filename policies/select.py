@@ -47,6 +47,31 @@ class TensorView:
         return compute_statistics(self.inputs, [name])[name]
 
 
+def refuse_impossible(policies: Sequence[Policy], seq_lens: Sequence[int]) -> None:
+    """Refuse a request none of whose budgets can hold the protected entries, on any prompt.
+
+    In a grid, single impossible points are rows of the result; a request of nothing else is a mistake.
+
+    Raises
+    ------
+    ConfigError
+        Of the first policy, with what to do.
+    """
+    first: ConfigError | None = None
+    for policy in policies:
+        if policy.budget is None:
+            continue
+        for seq_len in seq_lens:
+            try:
+                policy.entries(seq_len)
+            except ConfigError as error:
+                first = first or error
+            else:
+                return
+    if first is not None:
+        raise first
+
+
 def kept_positions(policy: Policy, views: Sequence[LayerView]) -> list[list[Tensor]]:
     """Return the kept set of every (layer, KV head).
 

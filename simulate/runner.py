@@ -12,7 +12,7 @@ import numpy as np
 
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, config_hash, open_run, read_records, write_text
-from kvtool.policies import Policy, expand_policies
+from kvtool.policies import Policy, expand_policies, refuse_impossible
 from kvtool.progress import track
 from kvtool.simulate.evaluate import Prediction, evaluate_sample
 from kvtool.simulate.rank import Row, rank_rows, resample_weights
@@ -131,6 +131,7 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
             raise DataError(f"capture {config.capture} holds no complete sample; run the capture again, it continues")
         if config.refine and loaded is not None:
             capture.check_model(loaded.info)
+        refuse_impossible(policies, [sample.seq_len for sample in capture.samples])
         identity = run_identity(config, capture, policies)
         open_run(folder, identity, {"capture": config.capture, **_versions()})
         predictions = _predict(capture, policies, folder / "predictions.jsonl")

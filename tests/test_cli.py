@@ -106,8 +106,31 @@ def test_wrong_input_is_one_line(args: tuple[str, ...], code: int, message: str,
 def test_budget_below_protected_entries(model_folder: Path, tmp_path: Path) -> None:
     args = ("infer", "-m", model_folder, "-n", "1", "--length", "300", "-o", tmp_path / "run", "-p", "snapkv", "-r", "1%")
     result = run(*args)
-    text = result.stdout + result.stderr
-    assert "smaller than its 32 protected entries" in text
+    assert result.exit_code == 2
+    assert "smaller than its 32 protected entries" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_template(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"context": "x " * 80, "question": "Why?", "answers": ["so it is"]}) + "\n")
+    task = (
+        "infer",
+        "-m",
+        model_folder,
+        "-t",
+        f"file:{tmp_path / 'q.jsonl'}",
+        "-p",
+        "window",
+        "-r",
+        "50%",
+        "-o",
+        tmp_path / "run",
+    )
+    assert run(*task, "--template", "Q: {question} {context}").exit_code == 2
+    assert run(*task, "--template", "Read: {context}\n{question} A:").exit_code == 0
+    record = json.loads((tmp_path / "run/records.jsonl").read_text().splitlines()[0])
+    # one first token, one byte a token
+    assert record["n_prompt"] == 1 + len("Read: " + "x " * 80 + "\nWhy? A:")
 
 
 def test_other_configuration_in_the_same_folder(chain: Path, model_folder: Path) -> None:
