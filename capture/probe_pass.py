@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvtool.attention import AttentionCall, attention_handler
+from kvtool.attention import AttentionCall, attention_handler, seen_cache
+from kvtool.scoring import score_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,27 +105,17 @@ def run_probes(model: Any, keys: Sequence[Tensor], values: Sequence[Tensor], tok
     device = keys[0].device
     ids = torch.tensor([tokens.fed], device=device)
     with torch.enable_grad(), attention_handler(model, handler):
-        cache = prompt_cache(seq_len, len(keys))
+        cache = seen_cache(seq_len, len(keys))
         rows = torch.tensor(tokens.rows, device=device)
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=rows).logits[0]
         targets = torch.tensor(tokens.targets, device=device)
-        margins, nll = margins_and_nll(logits, targets)
-        gradients = torch.autograd.grad(margins.sum(), [trace.outputs for trace in traces])
+        scores = score_tokens(logits, targets)
+        gradients = torch.autograd.grad(scores.margin.sum(), [trace.outputs for trace in traces])
     record = ProbeRecord()
-    record.margins, record.nll = margins.detach().float().cpu(), nll.detach().float().cpu()
+    record.margins, record.nll = scores.margin.detach().float().cpu(), scores.nll.detach().float().cpu()
     for trace, gradient in zip(traces, gradients, strict=True):
         _add_layer(record, trace, gradient, seq_len)
     return record
-
-
-def margins_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return margins and negative log-likelihoods ``[M]`` of `targets` under `logits` ``[M, V]``, at least in float32."""
-    import torch
-
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    gold = logits.gather(-1, targets[:, None])[:, 0]
-    others = logits.scatter(-1, targets[:, None], float("-inf")).logsumexp(-1)
-    return gold - others, logits.logsumexp(-1) - gold
 
 
 def _attend(call: AttentionCall, prompt_keys: Tensor, prompt_values: Tensor) -> _Trace:
@@ -159,34 +150,3 @@ def _add_layer(record: ProbeRecord, trace: _Trace, gradient: Tensor, seq_len: in
     record.gain.append(gain[:, :, :seq_len].float().cpu())
     record.attention_own.append(trace.weights[:, :, seq_len:].sum(-1).float().cpu())
     record.gain_own.append(gain[:, :, seq_len:].sum(-1).float().cpu())
-
-
-def prompt_cache(seq_len: int, n_layers: int) -> Any:
-    """Return a transformers cache that has seen `seq_len` tokens and hands back only the new ones.
-
-    Position ids and masks follow from its length, for every architecture; the handler adds the prompt's entries itself.
-    """
-    from transformers.cache_utils import Cache, CacheLayerMixin
-
-    class SeenLayer(CacheLayerMixin):  # type: ignore[misc]
-        is_sliding = False
-
-        def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
-            self.is_initialized = True
-
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            return key_states, value_states
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return seq_len + int(query_length), 0
-
-        def get_seq_length(self) -> int:
-            return seq_len
-
-        def get_max_length(self) -> int:
-            return -1
-
-        def get_max_cache_shape(self) -> int:
-            return -1
-
-    return Cache(layers=[SeenLayer() for _ in range(n_layers)])

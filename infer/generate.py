@@ -15,6 +15,7 @@ from kvtool.infer.cache import CompressedCache
 from kvtool.infer.live import Kept, PromptLayer, choose, clock, observe
 from kvtool.infer.ragged import ROOM
 from kvtool.policies.base import Policy
+from kvtool.scoring import score_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,12 +186,5 @@ def score_logits(logits: Tensor, gold: Sequence[int]) -> AnswerScores:
     """Score gold tokens under logits ``[M, V]``."""
     import torch
 
-    rows = logits.float()
-    ids = torch.tensor(list(gold), device=rows.device)
-    own = rows.gather(1, ids[:, None])[:, 0]
-    others = rows.scatter(1, ids[:, None], float("-inf")).logsumexp(dim=1)
-    return AnswerScores(
-        nll=(rows.logsumexp(dim=1) - own).tolist(),
-        margin=(own - others).tolist(),
-        hits=(rows.argmax(dim=1) == ids).tolist(),
-    )
+    scores = score_tokens(logits, torch.tensor(list(gold), device=logits.device))
+    return AnswerScores(scores.nll.tolist(), scores.margin.tolist(), scores.hit.tolist())

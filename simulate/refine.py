@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import AttentionCall, attention_handler, dense_attention, seen_cache
 from kvtool.policies import Policy, kept_positions
+from kvtool.scoring import score_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -170,12 +171,8 @@ def _hidden(window: int | None, n_fed: int, seq_len: int, device: torch.device) 
 
 def _score(logits: Tensor, full: Tensor, gold: Tensor) -> list[Refined]:
     """Score ``[C, M, V]`` logits against gold tokens ``[M]`` and the full cache's log-probabilities ``[M, V]``."""
-    index = gold.expand(len(logits), -1)[..., None]
-    own = logits.gather(-1, index)[..., 0]
-    others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
-    log_p = logits.log_softmax(-1)
-    nll = -log_p.gather(-1, index)[..., 0]
-    kl = (full.exp() * (full - log_p)).sum(-1)
-    hits = (logits.argmax(-1) == gold).float()
-    columns = (nll.mean(-1), (own - others).mean(-1), hits.mean(-1), hits.min(-1).values, kl.mean(-1))
+    scores = score_tokens(logits, gold)
+    kl = (full.exp() * (full - logits.log_softmax(-1))).sum(-1)
+    hits = scores.hit.float()
+    columns = (scores.nll.mean(-1), scores.margin.mean(-1), hits.mean(-1), hits.min(-1).values, kl.mean(-1))
     return [Refined(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
