@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= kvtool-demo
 
-.PHONY: demo install install-dev test check train-tiny clean
+.PHONY: demo install install-dev test test-gpu check train-tiny clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -26,6 +26,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+# On a machine with CUDA: the kernels against the float64 reference, then the demonstration on the device.
+test-gpu: install-dev
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/kvtool demo --device cuda --dtype bfloat16 --out $(OUT)-cuda
 
 check: install-dev
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -424,7 +423,6 @@ def tasks(as_json: bool) -> None:
 def main() -> None:
     """Entry point of the ``kvtool`` command."""
     cli(prog_name="kvtool")
-    sys.exit(0)
 
 
 if __name__ == "__main__":
