@@ -122,6 +122,9 @@ def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
     truncated = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_truncated")})
     if truncated:
         found.append(f"{len(truncated)} prompts have longer answers than were scored: their first tokens only")
+    short = len(reality.samples) - len(reality.measured("answer_accuracy"))
+    if short:
+        found.append(f"{short} prompts have an answer of one token, which compression cannot change: no answer accuracy there")
     own = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_source") == "full-cache"})
     if own:
         found.append(f"{len(own)} prompts have no gold answer: the full cache's own answer is the reference")

@@ -129,12 +129,13 @@ def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic x axis with a plain label at each of `values`; those closer than a tenth share one."""
+    """A logarithmic x axis with a plain label at each of `values`, as far as nine of them fit side by side."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ticks: list[float] = []
+    gap = max(1.1, (max(values) / min(values)) ** (1 / 9))
     for value in sorted(values):
-        if not ticks or value > 1.1 * ticks[-1]:
+        if not ticks or value > gap * ticks[-1]:
             ticks.append(value)
     axes.set_xscale("log")
     axes.set_xticks(ticks)

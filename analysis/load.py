@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ class Reality:
     provenance: dict[str, Any]
     records: list[dict[str, Any]]
 
+    _by_policy: dict[str, dict[str, dict[str, Any]]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _measured: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Once, so that a table of hundreds of policies does not walk through all records for every figure.
+        for record in self.records:
+            self._by_policy.setdefault(record["policy"], {})[record["sample"]] = record
+
     @property
     def samples(self) -> list[str]:
         """Sample ids, in order of appearance."""
@@ -59,17 +67,32 @@ class Reality:
     @property
     def policies(self) -> list[str]:
         """Policies, in order of appearance."""
-        return list(dict.fromkeys(record["policy"] for record in self.records))
+        return list(self._by_policy)
 
     def of(self, policy: str) -> list[dict[str, Any]]:
-        """Return the records of one policy, in the order of `samples`."""
-        return [record for record in self.records if record["policy"] == policy]
+        """Return the records of one policy, in the order of `samples`; empty for a policy that was not run."""
+        return list(self._by_policy.get(policy, {}).values())
+
+    def measured(self, key: str) -> tuple[str, ...]:
+        """Return the samples that have the figure `key` under every policy that ran on them.
+
+        A prompt with an answer of one token has no answer accuracy, whatever the policy; it must not take the figure from
+        all other prompts, and every policy is averaged over the same ones.
+        """
+        if key not in self._measured:
+            without = {r["sample"] for r in self.records if r["status"] == "ok" and r.get(key) is None}
+            self._measured[key] = tuple(sample for sample in self.samples if sample not in without)
+        return self._measured[key]
 
     def values(self, policy: str, key: str) -> Float | None:
-        """Return one figure of a policy for all samples, shape (S,); None unless every sample has it."""
-        found = {r["sample"]: r.get(key) for r in self.of(policy) if r["status"] == "ok"}
-        values = [found.get(sample) for sample in self.samples]
-        return None if any(v is None for v in values) else np.asarray(values, dtype=np.float64)
+        """Return one figure of a policy for the samples `measured`, shape (S,).
+
+        None if the policy was not run, did not finish on every sample (out of memory, impossible), or nothing was measured.
+        """
+        records, samples = self._by_policy.get(policy, {}), self.measured(key)
+        if not records or not samples or any(r["status"] != "ok" for r in records.values()):
+            return None
+        return np.asarray([records[sample][key] for sample in samples], dtype=np.float64)
 
 
 def load_simulation(folder: Path) -> Simulation:

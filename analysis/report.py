@@ -16,7 +16,8 @@ from kvtool.analysis.tables import TableRow
 
 TRUTH_NAMES = {
     "answer_accuracy": "answer accuracy",
-    "score": "exact match / task score",
+    "answer_exact": "exact match",
+    "score": "task score",
     "answer_nll": "answer loss",
     "answer_margin": "answer margin",
 }
@@ -37,7 +38,7 @@ def render_report(
     source = files("kvtool.analysis").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda v: "–" if v is None else f"{100 * v:.1f} %"
-    environment.filters["figure"] = lambda v, digits=2: "–" if v is None else f"{v:.{digits}f}"
+    environment.filters["figure"] = lambda v, digits=2: "–" if v is None or v != v else f"{v:.{digits}f}"
     environment.filters["interval"] = _interval
     return environment.from_string(source).render(
         rows=rows,
@@ -45,6 +46,7 @@ def render_report(
         warnings=warnings,
         figures=figures,
         agreements=agreements,
+        refined=any("refined_nll" in a.tau for a in agreements),
         truth_names=TRUTH_NAMES,
         facts=_facts(simulation, reality),
         provenance=json.dumps(_provenance(simulation, reality), indent=2, ensure_ascii=False),
@@ -53,7 +55,7 @@ def render_report(
 
 
 def _interval(value: Interval | None, digits: int = 2) -> str:
-    if value is None:
+    if value is None or value.mean != value.mean:
         return "–"
     mean, low, high = (f"{v:.{digits}f}".replace("-", "\u2212") for v in (value.mean, value.low, value.high))
     return f"{mean} ({low} to {high})"

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvtool.analysis.answer import make_answer, warnings
-from kvtool.analysis.fidelity import PREDICTORS, TRUTHS, Agreement, Cell, build_cells, measure_agreement
-from kvtool.analysis.load import Simulation, check_belongs, load_reality, load_simulation
+from kvtool.analysis.cells import TRUTHS, Cell, LeftOut, build_cells
+from kvtool.analysis.fidelity import Agreement, measure_agreement
+from kvtool.analysis.load import Reality, Simulation, check_belongs, load_reality, load_simulation
+from kvtool.analysis.statistics import Interval
 from kvtool.analysis.tables import build_table, csv_table, markdown_table, text_table
 from kvtool.errors import DataError
 from kvtool.files import write_json, write_text
@@ -47,8 +49,8 @@ class FidelitySummary:
     ----------
     n_cells : int
         Budgets with at least three configurations, all lengths.
-    n_left_out : int
-        Configurations that are degenerate, impossible, or were not run.
+    left_out : LeftOut
+        Configurations that do not count, by reason.
     paired : bool
         Prediction and reality on the same prompts.
     agreements : tuple of Agreement
@@ -56,46 +58,79 @@ class FidelitySummary:
     """
 
     n_cells: int
-    n_left_out: int
+    left_out: LeftOut
     paired: bool
     agreements: tuple[Agreement, ...]
 
     def text(self) -> str:
         """Return what the command prints."""
+        return "\n".join([grid(*agreement_table(self.agreements)), "", *self.notes()])
+
+    def markdown(self) -> str:
+        """Return the agreement, then the tau of every budget, as Markdown."""
+        parts = [
+            "# Fidelity",
+            _markdown(*agreement_table(self.agreements, wide=True)),
+            "\n".join(f"- {note}" for note in self.notes()),
+        ]
+        for agreement in self.agreements:
+            parts += [f"## By budget: {agreement.truth}", _markdown(*cell_table(agreement))]
+        return "\n\n".join(parts) + "\n"
+
+    def notes(self) -> list[str]:
+        """Return how to read the tables."""
         prompts = "the same prompts" if self.paired else "other prompts than the capture's"
-        note = f"{self.n_cells} budgets on {prompts}; {self.n_left_out} configurations left out (degenerate, impossible or not run)"
-        legend = (
-            "intervals: 95 %, over resampled prompts; ceiling: tau between halves of the prompts; two figures: harm, recall"
-        )
-        return "\n".join([agreement_grid(self.agreements), "", note, legend])
+        return [
+            f"{self.n_cells} budgets on {prompts}; configurations left out: {self.left_out.text()}",
+            "tau: Kendall's tau-b within a budget, mean over budgets; intervals: 95 %, over resampled prompts",
+            "ceiling: tau between two random halves of the real prompts; regret and tied best: harm / recall",
+        ]
 
 
-def agreement_grid(agreements: Sequence[Agreement]) -> str:
-    """Return the agreement with each real figure as an aligned table."""
-    header = [
-        "real figure",
-        "budgets",
-        "tau harm (95 %)",
-        "tau recall (95 %)",
-        "harm - recall (95 %)",
-        "ceiling",
-        "regret top 3",
-        "tied best in top 3",
-    ]
+Table = tuple[list[str], list[list[str]]]
+
+
+def agreement_table(agreements: Sequence[Agreement], wide: bool = False) -> Table:
+    """Return header and rows, one row per real figure; `wide` adds the intervals of the ceiling and the regret of the top 1."""
+    refined = any("refined_nll" in a.tau for a in agreements)
+    tops = ("top1", "top3") if wide else ("top3",)
+    header = ["real figure", "budgets", "tau harm (95 %)", "tau recall (95 %)", "harm - recall (95 %)", "tau retention"]
+    header += ["tau refined nll (95 %)"] if refined else []
+    header += ["ceiling", *(f"regret {k[:3]} {k[3:]}" for k in tops), "tied best in top 3"]
+    rows = []
+    for a in agreements:
+        row = [a.truth, f"{a.n_cells}" + (f" (+{a.n_tied} tied)" if a.n_tied else "")]
+        row += [a.tau["harm"].text(), a.tau["recall"].text(), a.advantage.text(sign=True), f"{a.tau['retention'].mean:.2f}"]
+        if refined:
+            row.append(f"{a.tau['refined_nll'].text()} of {a.n_cells_of['refined_nll']}" if "refined_nll" in a.tau else "-")
+        row.append(a.ceiling.text() if wide else f"{a.ceiling.mean:.2f}")
+        row += [_two(a.regret["harm"][k], a.regret["recall"][k], 3, wide) for k in tops]
+        rows.append([*row, _two(a.tied_best_recall["harm"]["top3"], a.tied_best_recall["recall"]["top3"], 2, wide)])
+    return header, rows
+
+
+def _two(harm: Interval, recall: Interval, digits: int, wide: bool) -> str:
+    return " / ".join(v.text(digits) if wide else f"{v.mean:.{digits}f}" for v in (harm, recall))
+
+
+def cell_table(agreement: Agreement) -> Table:
+    """Return header and rows: one row per prompt length and budget."""
+    header = ["length", "budget", "configurations", "tau harm (95 %)", "tau recall (95 %)", "ceiling"]
     rows = [
         [
-            a.truth,
-            f"{a.n_cells}" + (f" (+{a.n_tied} tied)" if a.n_tied else ""),
-            a.tau["harm"].text(),
-            a.tau["recall"].text(),
-            a.advantage.text(sign=True),
-            f"{a.ceiling:.2f}",
-            f"{a.regret['harm']['top3'].mean:.3f} / {a.regret['recall']['top3'].mean:.3f}",
-            f"{a.tied_best_recall['harm']['top3']:.2f} / {a.tied_best_recall['recall']['top3']:.2f}",
+            "-" if c.length is None else str(c.length),
+            c.budget,
+            str(c.n_policies),
+            *(c.tau[name].text() for name in ("harm", "recall")),
+            f"{c.ceiling:.2f}",
         ]
-        for a in agreements
-    ]  # fmt: skip
-    return grid(header, rows)
+        for c in agreement.cells
+    ]
+    return header, rows
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def run_analyze(simulate_dir: Path | None, infer_dir: Path, out: Path, draws: int = 1000, seed: int = 0) -> AnalyzeSummary:
@@ -126,7 +161,7 @@ def run_analyze(simulate_dir: Path | None, infer_dir: Path, out: Path, draws: in
     rows = build_table(simulation, reality)
     answer, notes = make_answer(rows, reality), warnings(rows, reality)
     figures = make_figures(rows)
-    agreements = _agreements_or_none(simulation, infer_dir, draws, seed)
+    agreements = _agreements_or_none(simulation, reality, draws, seed)
     for figure in figures:
         figure.save(out / "figures")
     write_text(out / "table.md", markdown_table(rows))
@@ -135,11 +170,11 @@ def run_analyze(simulate_dir: Path | None, infer_dir: Path, out: Path, draws: in
     return AnalyzeSummary(out / "report.html", text_table(rows), answer.text(), tuple(notes))
 
 
-def _agreements_or_none(simulation: Simulation | None, infer_dir: Path, draws: int, seed: int) -> tuple[Agreement, ...]:
+def _agreements_or_none(simulation: Simulation | None, reality: Reality, draws: int, seed: int) -> tuple[Agreement, ...]:
     """Fidelity for the report; with too few or only tied configurations there is none, which the report says."""
     if simulation is None:
         return ()
-    cells, _ = build_cells(simulation, load_reality(infer_dir))
+    cells, _ = build_cells(simulation, reality)
     return _measure(cells, draws, seed)
 
 
@@ -172,29 +207,43 @@ def run_fidelity(
         Fewer than three configurations at every budget, or no order in reality.
     """
     cells: list[Cell] = []
-    left_out = 0
-    for simulate_dir, infer_dir in pairs:
-        found, n = build_cells(load_simulation(simulate_dir), load_reality(infer_dir))
-        cells, left_out = cells + found, left_out + n
+    left_out = LeftOut()
+    for pair, (simulate_dir, infer_dir) in enumerate(pairs):
+        found, missing = build_cells(load_simulation(simulate_dir), load_reality(infer_dir), pair)
+        cells, left_out = cells + found, left_out + missing
     agreements = _measure(cells, draws, seed)
     if not agreements:
-        raise DataError("no budget has three configurations that were both simulated and run and that differ in reality")
+        raise DataError(
+            "no budget has three configurations that were both simulated and run and that differ in reality "
+            f"(configurations left out: {left_out.text()})"
+        )
     summary = FidelitySummary(len(cells), left_out, all(cell.paired for cell in cells), agreements)
     if out is not None:
-        write_json(out / "fidelity.json", _plain(summary, cells))
-        write_text(out / "fidelity.md", f"```\n{summary.text()}\n```\n")
+        write_json(out / "fidelity.json", _plain(summary, cells, draws, seed))
+        write_text(out / "fidelity.md", summary.markdown())
     return summary
 
 
-def _plain(summary: FidelitySummary, cells: Sequence[Cell]) -> dict[str, Any]:
+def _plain(summary: FidelitySummary, cells: Sequence[Cell], draws: int, seed: int) -> dict[str, Any]:
     listed = [
         {
             "length": cell.length,
             "budget": cell.budget,
             "policies": list(cell.policies),
-            **{f"predicted_{name}": cell.predicted[name].mean(1).tolist() for name in PREDICTORS},
-            **{f"real_{name}": cell.real[name].mean(1).tolist() for name in TRUTHS},
+            **{f"predicted_{name}": values.mean(1).tolist() for name, values in cell.predicted.items()},
+            **{f"real_{name}": values.mean(1).tolist() for name, values in cell.real.items()},
         }
         for cell in cells
     ]
-    return {"schema": "kvtool.fidelity/1", **asdict(summary), "cells": listed}
+    note = "predicted_* and real_* carry a sign that makes larger better"
+    whole = {"schema": "kvtool.fidelity/1", "draws": draws, "seed": seed, **asdict(summary), "note": note, "cells": listed}
+    return _without_nan(whole)  # type: ignore[no-any-return]
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN: what is undefined becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value

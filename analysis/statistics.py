@@ -14,6 +14,8 @@ Float = NDArray[np.float64]
 
 #: means of scores that differ by less are equal: resampling adds rounding noise of about 1e-16
 TIE = 1e-9
+#: pairs x draws that `tau_b` holds at once (8 bytes each, a few arrays)
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,15 @@ def weights(n_samples: int, draws: int, rng: np.random.Generator) -> Float:
 
 
 def percentile_interval(point: float, drawn: Float) -> Interval:
-    """Return a point estimate with the 2.5 and 97.5 percentiles of its draws; NaN draws are left out."""
+    """Return a point estimate with the 2.5 and 97.5 percentiles of its draws; NaN draws are left out.
+
+    The interval always contains the point: rounding of equal values, or the bias of resampled orders, would push it out.
+    """
     known = drawn[~np.isnan(drawn)]
     if not len(known):
         return Interval(point, float("nan"), float("nan"))
     low, high = np.quantile(known, [0.025, 0.975])
-    return Interval(point, float(low), float(high))
+    return Interval(point, min(float(low), point), max(float(high), point))
 
 
 def mean_interval(values: Float, draws: int = 2000, seed: int = 0, binary: bool | None = None) -> Interval:
@@ -93,10 +98,22 @@ def tau_b(x: Float, y: Float) -> Float:
         NaN where one side is constant.
     """
     first, second = np.triu_indices(len(x), k=1)
-    sx, sy = (_signs(v[first] - v[second]) for v in (x, y))
-    scale = np.sqrt((sx != 0).sum(0) * (sy != 0).sum(0))
-    tau: Float = np.divide((sx * sy).sum(0), scale, out=np.full(x.shape[1], np.nan), where=scale > 0)
+    step = max(1, _BLOCK // max(1, len(first)))
+    tau = np.full(x.shape[1], np.nan)
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        sx, sy = (_signs(v[first, part] - v[second, part]) for v in (x, y))
+        scale = np.sqrt((sx != 0).sum(0) * (sy != 0).sum(0))
+        np.divide((sx * sy).sum(0), scale, out=tau[part], where=scale > 0)
     return tau
+
+
+def nan_mean(values: Float) -> Float:
+    """Return the mean over the first axis, NaN left out; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    mean: Float = np.divide(np.where(known, values, 0.0).sum(0), count, out=np.full(values.shape[1:], np.nan), where=count > 0)
+    return mean
 
 
 def _signs(difference: Float) -> Float:

@@ -92,9 +92,7 @@ def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> Tab
     degenerate = any(r["degenerate"] for r in records)
     if bad:
         return TableRow(**base, status=bad[0]["status"], message=bad[0]["message"], degenerate=degenerate)
-    score, accuracy, full = (
-        _values(reality, p, k) for p, k in ((policy, "score"), (policy, "answer_accuracy"), (FULL, "score"))
-    )
+    score, accuracy, full = (reality.values(p, k) for p, k in ((policy, "score"), (policy, "answer_accuracy"), (FULL, "score")))
     control = _control(reality, first)
     held = np.asarray([r["kv_bytes_prompt_end"] - r["slack_bytes"] for r in records], dtype=np.float64)
     whole = np.asarray([r["kv_bytes_full"] for r in records], dtype=np.float64)
@@ -116,15 +114,23 @@ def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> Tab
     )
 
 
-def _values(reality: Reality, policy: str, key: str) -> Any:
-    return reality.values(policy, key) if policy in reality.policies else None
-
-
 def _control(reality: Reality, record: dict[str, Any]) -> Any:
-    """Answer accuracy of the random control of the same budget, if this is not the control itself."""
-    if record["budget"] is None or record["method"].split(":")[0] == CONTROL:
+    """Answer accuracy of the random control of the same budget, if this is not the control itself.
+
+    The control with default parameters if it was run, else the first one at this budget.
+    """
+    if record["budget"] is None or _is_control(record["method"]):
         return None
-    return _values(reality, f"{CONTROL}:budget={record['budget']}", "answer_accuracy")
+    plain = f"{CONTROL}:budget={record['budget']}"
+    others = [p for p in reality.policies if _is_control(p) and reality.of(p)[0]["budget"] == record["budget"]]
+    for policy in [plain, *others]:
+        if (values := reality.values(policy, "answer_accuracy")) is not None:
+            return values
+    return None
+
+
+def _is_control(method: str) -> bool:
+    return method.split(":")[0] == CONTROL
 
 
 def _median(values: list[float | None]) -> float | None:

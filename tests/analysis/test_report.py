@@ -36,7 +36,8 @@ def record(sample: str, policy: str) -> dict[str, Any]:
     return {
         "sample": sample, "policy": policy, "method": policy.split(":")[0], "budget": budget, "retention": kept, "seq_len": 1000,
         "compress_at": "prompt", "status": "ok", "message": None, "degenerate": False, "metric": "exact", "score": hit,
-        "answer_accuracy": 0.2 + 0.8 * hit, "answer_nll": 2 - hit, "answer_margin": hit, "kv_bytes_prompt_end": 1000 * kept + 50,
+        "answer_accuracy": 0.2 + 0.8 * hit, "answer_exact": hit, "answer_nll": 2 - hit, "answer_margin": hit,
+        "kv_bytes_prompt_end": 1000 * kept + 50,
         "kv_bytes_full": 1000, "slack_bytes": 50, "ttft_s": 0.5, "tpot_s": 0.01, "kernel": "sdpa-buckets", "meta": {},
     }  # fmt: skip
 
@@ -153,6 +154,90 @@ def test_fidelity_of_folders(folders: tuple[Path, Path], tmp_path: Path) -> None
     by_truth = {a.truth: a for a in summary.agreements}
     assert by_truth["score"].tau["harm"].mean == pytest.approx(1)
     assert by_truth["score"].tau["recall"].mean == 0  # recall is the same for all policies of a budget here
+    assert by_truth["score"].tau["retention"].mean == 0
+    assert {c.budget for c in by_truth["score"].cells} == {"10%", "5%"}
     assert not summary.paired
     saved = json.loads((tmp_path / "f/fidelity.json").read_text())
     assert saved["agreements"][0]["tau"]["harm"]["mean"] == pytest.approx(1)
+    assert "| 1000 | 10% | 3 | 1.00" in (tmp_path / "f/fidelity.md").read_text()
+
+
+def edit(folder: Path, name: str, change: Any) -> None:
+    path = folder / name
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for index, value in enumerate(records):
+        change(index, value)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_what_is_left_out_is_counted_by_reason(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def spoil(_: int, row: dict[str, Any]) -> None:
+        if row["policy"] == "snapkv:budget=5%":
+            row["degenerate"] = True
+
+    edit(folders[0], "ranking.jsonl", spoil)
+    extra = json.loads((folders[0] / "ranking.jsonl").read_text().splitlines()[1]) | {"policy": "window:budget=10%"}
+    with (folders[0] / "ranking.jsonl").open("a") as file:
+        file.write(json.dumps(extra) + "\n")
+    summary = run_fidelity([folders], draws=50)
+    assert summary.left_out.text() == "1 degenerate, 1 not run, 2 alone"
+    assert "1 degenerate, 1 not run, 2 alone" in summary.text()
+
+
+def test_out_of_memory_is_a_row_and_left_out_of_fidelity(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def spoil(_: int, row: dict[str, Any]) -> None:
+        if row["policy"] == "snapkv:budget=5%" and row["sample"] == "s3":
+            row.update(status="oom", message="no memory left", score=None, answer_accuracy=None)
+
+    edit(folders[1], "records.jsonl", spoil)
+    summary = run_analyze(*folders, tmp_path / "out")
+    assert any("ran out of memory" in w and "snapkv:budget=5%" in w for w in summary.warnings)
+    row = next(
+        r for r in csv.DictReader(io.StringIO((tmp_path / "out/table.csv").read_text())) if r["policy"] == "snapkv:budget=5%"
+    )
+    assert (row["status"], row["score"]) == ("oom", "")
+    assert run_fidelity([folders], draws=50).left_out.out_of_memory == 1
+
+
+def test_a_prompt_with_an_answer_of_one_token_does_not_hide_the_others(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def spoil(_: int, row: dict[str, Any]) -> None:
+        if row["sample"] == "s0":
+            row.update(answer_accuracy=None, answer_exact=None, answer_nll=None, answer_margin=None)
+
+    edit(folders[1], "records.jsonl", spoil)
+    summary = run_analyze(*folders, tmp_path / "out")
+    assert any("1 prompts have an answer of one token" in w for w in summary.warnings)
+    rows = {r["policy"]: r for r in csv.DictReader(io.StringIO((tmp_path / "out/table.csv").read_text()))}
+    assert float(rows["snapkv:budget=10%"]["accuracy"]) == pytest.approx(0.2 + 0.8 * 11 / 19)
+    assert float(rows["snapkv:budget=10%"]["score"]) == pytest.approx(12 / 20)
+    taus = {a.truth: a.tau["harm"].mean for a in run_fidelity([folders], draws=50).agreements}
+    assert taus["answer_accuracy"] == pytest.approx(1)
+
+
+def test_a_control_with_other_parameters_is_still_the_control(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def rename(_: int, row: dict[str, Any]) -> None:
+        if row["method"] == "random":
+            row.update(method="random:window=16", policy=row["policy"] + ",window=16")
+
+    edit(folders[1], "records.jsonl", rename)
+    run = json.loads((folders[1] / "run.json").read_text())
+    run["config"]["policies"] = [p + ",window=16" if p.startswith("random") else p for p in run["config"]["policies"]]
+    (folders[1] / "run.json").write_text(json.dumps(run))
+    run_analyze(None, folders[1], tmp_path / "out")
+    rows = {r["policy"]: r for r in csv.DictReader(io.StringIO((tmp_path / "out/table.csv").read_text()))}
+    assert rows["h2o:budget=10%"]["beats_control"] == "True"
+    assert rows["snapkv:budget=5%"]["beats_control"] == "False"
+    assert rows["random:budget=10%,window=16"]["beats_control"] == ""
+
+
+def test_refined_loss_is_a_predictor_where_all_of_a_budget_are_refined(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def refine(_: int, row: dict[str, Any]) -> None:
+        if row["budget"] == "10%":
+            row["refined"] = {"nll": row["harm"], "per_sample": {"nll": row["per_sample"]["harm"]}}
+
+    edit(folders[0], "ranking.jsonl", refine)
+    score = next(a for a in run_fidelity([folders], draws=50).agreements if a.truth == "score")
+    assert score.tau["refined_nll"].mean == pytest.approx(1)
+    assert (score.n_cells, score.n_cells_of["refined_nll"]) == (2, 1)
+    page = run_analyze(*folders, tmp_path / "out").report.read_text()
+    assert "tau of refined loss" in page
