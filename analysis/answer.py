@@ -64,21 +64,26 @@ def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
     smallest = min(r.kv_bytes or 0.0 for r in good)
     peers = [r for r in good if (r.kv_bytes or 0.0) <= smallest * 1.01]
     best = max(peers, key=lambda r: (r.accuracy.mean if r.accuracy else 0.0, r.policy))
-    return Answer(_headline(best), tuple(_details(best, able, reality, n)), best.policy)
+    return Answer(_headline(best, n), tuple(_details(best, able, reality, n)), best.policy)
 
 
 def _is_control(row: TableRow) -> bool:
     return row.method.split(":")[0] == CONTROL
 
 
-def _headline(row: TableRow) -> str:
+def _headline(row: TableRow, n: int) -> str:
     assert row.change is not None
     assert row.saved is not None
     assert row.retention is not None
-    half = max(row.change.high - row.change.mean, row.change.mean - row.change.low)
+    if row.change.low == row.change.high == 0:
+        # The interval of no change at all is empty; the rule of three says what so few prompts can miss.
+        cost = f"changes the score of none of {n} prompts (a true loss of up to {min(1.0, 3 / n):.2f} could go unseen)"
+    else:
+        half = max(row.change.high - row.change.mean, row.change.mean - row.change.low)
+        cost = f"changes the score by {row.change.mean:+.2f} ± {half:.2f}"
     return (
         f"For this model and workload run {row.method} at {100 * row.retention:.1f} % of the entries: it saves "
-        f"{100 * row.saved:.1f} % of the KV cache and changes the score by {row.change.mean:+.2f} ± {half:.2f}."
+        f"{100 * row.saved:.1f} % of the KV cache and {cost}."
     )
 
 
@@ -98,8 +103,6 @@ def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int)
         lines.append(f"not told apart from it at this budget: {', '.join(tied)}")
     if n < MIN_PROMPTS:
         lines.append(f"only {n} prompts: take this as a first look; {MIN_PROMPTS} or more make it firmer")
-    if best.change and best.change.low == best.change.high == 0:
-        lines.append(f"no prompt changed its score; with {n} prompts a true loss of up to {min(1.0, 3 / n):.2f} can go unseen")
     return lines
 
 
