@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import ATTENTION, register
-from kvtool.errors import ConfigError, DataError, UnsupportedModelError
+from kvtool.errors import ConfigError, DataError, UnsupportedModelError, near_matches
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "tiny"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"model folder {name} has no config.json; give a folder in transformers' format")
     register()
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = _device(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}.{near_matches(dtype, DTYPES)} Known: {', '.join(DTYPES)}")
     try:
         tokenizer = load_tokenizer(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -109,6 +112,20 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         line = " ".join(str(error).split())[:300]
         raise DataError(f"model {name!r} cannot be loaded: {line}") from error
     return LoadedModel(model, tokenizer, describe(model, name))
+
+
+def _device(name: str) -> str:
+    """Resolve a device name; one that this machine or this torch lacks is refused, nothing falls back."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise ConfigError(f"device {name!r} cannot be used here: {line}; use auto, cpu, or a device that torch sees") from error
+    return name
 
 
 def load_tokenizer(path: str) -> Any:

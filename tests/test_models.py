@@ -73,6 +73,12 @@ def test_missing_model(name: str) -> None:
         models.load_model(name)
 
 
+@pytest.mark.parametrize(("option", "value"), [("device", "cuda:99"), ("device", "toaster"), ("dtype", "float17")])
+def test_what_the_machine_lacks_is_refused(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=value):
+        models.load_model("tiny", **{option: value})
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config.json"):
         models.load_model(str(tmp_path))
