@@ -64,7 +64,7 @@ def main() -> None:
             started = time.perf_counter()
             predictions = [evaluate_sample(sample, policies) for sample in capture.samples]
             weights = resample_weights(len(capture.samples), 1000, 0)
-            rows = rank_rows(policies, predictions, capture.model, weights)
+            rows = rank_rows(policies, predictions, capture.model, [sum(s.compressible) for s in capture.samples], weights)
             make_shortlist(rows, weights)
             seconds.append(time.perf_counter() - started)
             n_samples, lengths = len(capture.samples), sorted({s.seq_len for s in capture.samples})

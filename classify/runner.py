@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.classify.features import HeadTable, head_table
+from kvtool.classify.features import HeadTable, distance_edges, head_table
 from kvtool.classify.kinds import KINDS, MIN_PROMPTS, Kinds, classify_heads
 from kvtool.errors import DataError
 from kvtool.files import write_json
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvtool.models import ModelInfo
 
 SCHEMA = "kvtool.heads/1"
+FIGURES = ("sink", "local", "far", "entropy", "importance", "retrieval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class ClassifySummary:
         header = ["head (layer.head)", "kind", "confidence", "sink", "local", "far", "entropy", "importance", "retrieval"]
         rows = [
             [f"{h['layer']}.{h['head']}", h["kind"] + ("?" if h["unsure"] else ""), figure(h["confidence"], 2)]
-            + [figure(h[name], 2) for name in ("sink", "local", "far", "entropy", "importance", "retrieval")]
+            + [figure(h[name], 2) for name in FIGURES]
             for h in self.top
         ]
         counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items() if n)
@@ -60,7 +61,7 @@ class ClassifySummary:
 
 
 def run_classify(capture_path: str | Path, out: str | Path, seed: int = 0, draws: int = 500) -> ClassifySummary:
-    """Classify the heads of a captured model and write ``heads.json``.
+    """Classify the heads of a captured model and write ``heads.json``: query heads, and KV heads from their group's means.
 
     Parameters
     ----------
@@ -79,8 +80,11 @@ def run_classify(capture_path: str | Path, out: str | Path, seed: int = 0, draws
     with open_capture(capture_path) as capture:
         if not capture.samples:
             raise DataError(f"capture {capture_path} holds no complete sample; run the capture again, it continues")
+        edges = distance_edges(list(capture.samples))
         table = head_table(list(capture.samples))
-        kinds = classify_heads(table, np.random.default_rng(seed), draws)
+        grouped = table.grouped(capture.model.n_kv_heads)
+        # The same draws of prompts for both.
+        kinds, kv_kinds = (classify_heads(t, np.random.default_rng(seed), draws) for t in (table, grouped))
         heads = _heads(table, kinds)
         value = {
             "schema": SCHEMA,
@@ -89,7 +93,10 @@ def run_classify(capture_path: str | Path, out: str | Path, seed: int = 0, draws
             "bootstrap": {"seed": seed, "draws": draws},
             "n_layers": capture.model.n_layers,
             "n_heads": capture.model.n_heads,
+            "n_kv_heads": capture.model.n_kv_heads,
+            "distance_edges": edges,
             "heads": heads,
+            "kv_heads": _heads(grouped, kv_kinds),
         }
     path = Path(out)
     write_json(path, value)
@@ -112,8 +119,9 @@ def _heads(table: HeadTable, kinds: Kinds) -> list[dict[str, Any]]:
                 "unsure": None if unsure is None else bool(unsure[layer, head]),
                 **{
                     name: None if (values := getattr(table, name)) is None else float(values[:, layer, head].mean())
-                    for name in ("sink", "local", "far", "entropy", "importance", "retrieval")
+                    for name in FIGURES
                 },
+                "distance_profile": [round(float(x), 6) for x in table.profile[:, layer, head].mean(0)],
             }
         )
     return heads
@@ -133,8 +141,11 @@ def read_heads(path: str | Path, info: ModelInfo) -> dict[str, Any]:
         raise DataError(f"heads file {path} cannot be read ({error}); make one with kvtool classify") from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise DataError(f"heads file {path} has another schema; {SCHEMA!r} is needed, make it with kvtool classify")
-    if value["model"]["fingerprint"] != info.fingerprint:
+    model = value.get("model")
+    if not isinstance(model, dict) or "fingerprint" not in model or not isinstance(value.get("heads"), list):
+        raise DataError(f"heads file {path} is incomplete (it names no model or no heads); make it again with kvtool classify")
+    if model["fingerprint"] != info.fingerprint:
         raise DataError(
-            f"heads file {path} is of {value['model']['model_id']}, not of {info.model_id}; classify a capture of this model"
+            f"heads file {path} is of {model.get('model_id')}, not of {info.model_id}; classify a capture of this model"
         )
     return value

@@ -3,8 +3,9 @@
 Shapes: L layers, H KV heads, G query heads per KV head, Q = H G, P probe tokens, T positions, N cuts (configurations).
 
 First-order change of the answer's margins when only S is kept, per (layer, query head, probe token), own probe tokens
-always kept: ``(sum_S b + b_own) / (sum_S a + a_own) - (sum_all b + b_own)``, a = attention, b = gain. The *harm* is minus the
-sum of the negative changes only: gains predicted to first order do not come true, losses do.
+always kept: ``(sum_S b + b_own) / (sum_S a + a_own) - (sum_all b + b_own) / (sum_all a + a_own)``, a = attention, b = gain.
+The last divisor is 1 but for the rounding of stored values; with it, keeping everything changes exactly nothing. The *harm* is
+minus the sum of the negative changes only: gains predicted to first order do not come true, losses do.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ class ProbeTable:
         Attention, then gain, of the group's query heads and probe tokens.
     own_attention, own_gain : ndarray of shape (L, H, G P), float64
         Of the probe tokens' own entries, never evicted.
-    total_gain : ndarray of shape (L, H, G P), float64
-        Sum over all entries, own ones included.
+    full_gain : ndarray of shape (L, H, G P), float64
+        Gain over attention with all entries kept, own ones included.
     """
 
     rows: NDArray[np.float32]
     own_attention: Float
     own_gain: Float
-    total_gain: Float
+    full_gain: Float
 
     @property
     def n_kv_heads(self) -> int:
@@ -88,8 +89,13 @@ def probe_table(
     rows = np.ascontiguousarray(np.concatenate([by_position(attention), by_position(gain)], axis=-1), dtype=np.float32)
     own_a = own_attention.reshape(n_layers, n_kv_heads, columns).astype(np.float64)
     own_b = own_gain.reshape(n_layers, n_kv_heads, columns).astype(np.float64)
-    total = rows[..., columns:].sum(axis=2, dtype=np.float64) + own_b
-    return ProbeTable(rows, own_a, own_b, total)
+    sums = rows.sum(axis=2, dtype=np.float64)
+    return ProbeTable(rows, own_a, own_b, _mean_gain(sums[..., columns:] + own_b, sums[..., :columns] + own_a))
+
+
+def _mean_gain(gain: Float, mass: Float) -> Float:
+    """Gain over attention mass; without any mass (nothing kept, no own token) the head's output, and so its gain, is 0."""
+    return np.divide(gain, mass, out=np.zeros_like(mass), where=mass > 0)
 
 
 def kept_sums(table: ProbeTable, order: Int, counts: Int) -> Float:
@@ -135,10 +141,7 @@ def curves(table: ProbeTable, order: Int, counts: Int) -> Curves:
     sums = kept_sums(table, order, counts)
     columns = sums.shape[-1] // 2
     attention, gain = sums[..., :columns], sums[..., columns:]
-    mass = attention + table.own_attention
-    # No mass at all: nothing kept and no own token; the head's output is then taken as 0, as is its gain.
-    mean_gain = np.divide(gain + table.own_gain, mass, out=np.zeros_like(mass), where=mass > 0)
-    change = mean_gain - table.total_gain
+    change = _mean_gain(gain + table.own_gain, attention + table.own_attention) - table.full_gain
     negative = -np.minimum(change, 0.0).sum(axis=(2, 3))
     prompt_mass = table.rows[..., :columns].sum(axis=2, dtype=np.float64)
     share = np.divide(attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)

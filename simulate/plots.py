@@ -51,7 +51,7 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_xscale("log")
         ticks = sorted({round(100 * row.retention, 3) for row in able})
         axis.set_xticks(ticks)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="x", rotation=45 if len(ticks) > 6 else 0)
         axis.set_xlabel("KV entries kept (% of the prompt)")

@@ -87,7 +87,11 @@ def resample_weights(n_samples: int, draws: int, seed: int) -> Float:
 
 
 def rank_rows(
-    policies: Sequence[Policy], predictions: Sequence[Sequence[Prediction]], info: ModelInfo, weights: Float
+    policies: Sequence[Policy],
+    predictions: Sequence[Sequence[Prediction]],
+    info: ModelInfo,
+    n_compressible: Sequence[int],
+    weights: Float,
 ) -> list[Row]:
     """Aggregate over samples and rank.
 
@@ -96,6 +100,8 @@ def rank_rows(
     policies : sequence of N Policy
     predictions : sequence of S sequences of N Prediction
     info : ModelInfo
+    n_compressible : sequence of S int
+        Layers of each sample that a policy applies to.
     weights : ndarray of shape (draws, S)
 
     Returns
@@ -103,7 +109,9 @@ def rank_rows(
     list of Row
         By retention, then rank; impossible configurations last within their budget.
     """
-    rows = [_row(policy, [sample[i] for sample in predictions], info, weights) for i, policy in enumerate(policies)]
+    # Two bytes for each number of a key and of a value, in all KV heads of the sample's compressible layers.
+    entry_bytes = 2 * 2 * info.head_dim * info.n_kv_heads * np.asarray(n_compressible)
+    rows = [_row(policy, [sample[i] for sample in predictions], entry_bytes, weights) for i, policy in enumerate(policies)]
     budgets: dict[str | None, list[Row]] = {}
     for row in rows:
         if row.status == "ok":
@@ -119,19 +127,19 @@ def rank_rows(
     return sorted(rows, key=lambda r: (r.retention, r.status != "ok", r.rank or 0))
 
 
-def _row(policy: Policy, predictions: Sequence[Prediction], info: ModelInfo, weights: Float) -> Row:
+def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray[np.int64], weights: Float) -> Row:
     message = next((p.message for p in predictions if p.message), None)
-    entries = float(np.mean([p.entries for p in predictions]))
+    entries = np.asarray([p.entries for p in predictions])
     row = Row(
         policy=str(policy),
         method=method_key(policy),
         budget=None if policy.budget is None else str(policy.budget),
         retention=float(np.mean([p.retention for p in predictions])),
-        entries=entries,
+        entries=float(entries.mean()),
         status="impossible" if message else "ok",
         message=message,
         degenerate=any(p.degenerate for p in predictions),
-        kv_bytes_fp16=round(entries * info.n_layers * info.n_kv_heads * info.head_dim * 2 * 2),
+        kv_bytes_fp16=round(float((entries * entry_bytes).mean())),
     )
     if not message:
         harm = np.asarray([p.harm for p in predictions], dtype=np.float64)

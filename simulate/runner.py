@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from kvtool.models import LoadedModel
 
 DEFAULT_BUDGETS = ("2%", "5%", "10%", "20%", "50%")
+#: rows of one budget that the command prints; shortlisted and impossible ones come on top
+SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,11 @@ class SimulateSummary:
         """Return the table that the command prints: the best configurations of each budget."""
         from kvtool.textgrid import figure, grid
 
-        lines = []
+        lines, places = [], Counter[str | None]()
         for row in self.rows:
+            places[row.budget] += 1
+            if places[row.budget] > SHOWN and row.status == "ok" and not row.shortlisted:
+                continue
             interval = "-" if row.harm is None else f"{row.harm_low:.2f}-{row.harm_high:.2f}"
             notes = [name for name, on in (("Pareto", row.pareto), ("degenerate", row.degenerate)) if on]
             notes += [row.status] if row.status != "ok" else []
@@ -97,6 +103,7 @@ class SimulateSummary:
         table = grid(["policy", "kept", "rank", "short", "harm", "95 %", "recall", "note"], lines)
         note = f"{self.n_configurations} configurations on {self.n_samples} prompts; {self.n_shortlisted} shortlisted (*)"
         note += f"; {self.n_impossible} impossible (budget below the protected entries)" if self.n_impossible else ""
+        note += f"; {len(self.rows) - len(lines)} more in ranking.jsonl" if len(lines) < len(self.rows) else ""
         files = [str(self.folder / name) for name in ("ranking.jsonl", "shortlist.yaml", "ranking.png")]
         return "\n".join([table, "", note, *files])
 
@@ -132,11 +139,12 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
         if config.refine and loaded is not None:
             capture.check_model(loaded.info)
         refuse_impossible(policies, [sample.seq_len for sample in capture.samples])
+        _check_statistics(capture, policies)
         identity = run_identity(config, capture, policies)
         open_run(folder, identity, {"capture": config.capture, **_versions()})
         predictions = _predict(capture, policies, folder / "predictions.jsonl")
         weights = resample_weights(len(capture.samples), config.draws, config.seed)
-        rows = rank_rows(policies, predictions, capture.model, weights)
+        rows = rank_rows(policies, predictions, capture.model, [sum(s.compressible) for s in capture.samples], weights)
         entries = make_shortlist(rows, weights)
         n_refined = _refine(config, capture, loaded, rows, folder / "refined.jsonl") if loaded is not None else 0
         title = f"{capture.model.model_id}, {capture.config.get('task')}, {len(capture.samples)} prompts"
@@ -163,6 +171,12 @@ def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Po
         "draws": config.draws,
         "seed": config.seed,
     }
+
+
+def _check_statistics(capture: Capture, policies: Sequence[Policy]) -> None:
+    """Refuse what the file cannot serve before a folder is claimed: the mended request may then use the same folder."""
+    for name in sorted({name for policy in policies for name in policy.method.parts().needs()}):
+        capture.samples[0].selection(name, 0)
 
 
 def _versions() -> dict[str, str]:

@@ -19,13 +19,15 @@ SCHEMA = "kvtool.shortlist/1"
 CONTROL = "random"
 #: configurations per budget, the control not counted
 CAP = 5
+#: with n prompts all differences have one sign by luck alone with probability 2^-n, which is below 2.5 % from here on
+MIN_PROMPTS = 6
 
 
 def make_shortlist(rows: Sequence[Row], weights: NDArray[np.float64]) -> list[dict[str, Any]]:
     """Mark and return the shortlisted rows, with the reason in plain words.
 
     A configuration is left out if its harm is larger than that of the best one of its budget with 97.5 % of the paired
-    bootstrap draws, or if `CAP` better ones are in.
+    bootstrap draws, or if `CAP` better ones are in. With fewer than `MIN_PROMPTS` prompts nothing is clearly worse.
 
     Parameters
     ----------
@@ -49,14 +51,16 @@ def make_shortlist(rows: Sequence[Row], weights: NDArray[np.float64]) -> list[di
 
 
 def _not_clearly_worse(difference: NDArray[np.float64], weights: NDArray[np.float64]) -> bool:
-    return bool(np.quantile(weights @ difference, 0.025) <= 0)
+    return len(difference) < MIN_PROMPTS or bool(np.quantile(weights @ difference, 0.025) <= 0)
 
 
 def _reason(row: Row, best: Row, tied: list[Row]) -> str | None:
     place = tied.index(row) if row in tied else None
     if place is not None and place < CAP:
         others = "" if len(tied) <= CAP else f" ({len(tied) - CAP} more are as close and left out)"
-        return "smallest predicted harm at this budget" if row is best else f"not clearly worse than {best.policy}{others}"
+        n_prompts = len(best.per_sample["harm"])
+        few = f": {n_prompts} prompts are too few to tell" if n_prompts < MIN_PROMPTS else ""
+        return "smallest predicted harm at this budget" if row is best else f"not clearly worse than {best.policy}{few}{others}"
     return "control: random entries with the same kind of protection" if row.method.split(":")[0] == CONTROL else None
 
 

@@ -19,9 +19,9 @@ def make_capture(random_model: Callable[..., Any], byte_tokenizer: Any) -> Calla
     """Capture needle prompts with a random-weight model into a path; returns the model."""
 
     def build(
-        path: Path, architecture: str = "llama", n: int = 3, compress_at: Any = "prompt", length: int = 230
+        path: Path, architecture: str = "llama", n: int = 3, compress_at: Any = "prompt", length: int = 230, **changes: Any
     ) -> LoadedModel:
-        model = random_model(architecture)
+        model = random_model(architecture, **changes)
         loaded = LoadedModel(model, byte_tokenizer, models.describe(model, architecture))
         samples = load_task("niah", byte_tokenizer, n, length, seed=0)
         config = CaptureConfig(task="niah", model=architecture, n=n, length=length, compress_at=compress_at)
