@@ -41,3 +41,12 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'a' or 'b'?"`` for the known names closest to `name`, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(f) for f in found)}?" if found else ""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return True for out-of-memory errors of Python, CUDA and torch's CPU allocator (a plain RuntimeError)."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("not enough memory", "can't allocate memory"))

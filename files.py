@@ -162,6 +162,8 @@ def open_run(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, A
     if file.exists():
         old = read_run(folder)["config"]
         refuse_other(folder, old, config)
+        for leftover in folder.glob(".*.tmp"):  # of atomic writes that a kill cut short
+            leftover.unlink(missing_ok=True)
         return True
     record = {"schema": RUN_SCHEMA, "config_hash": config_hash(config), "config": config, "provenance": dict(provenance)}
     write_json(file, record)

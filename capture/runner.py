@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvtool.errors import CapacityError, ConfigError, DataError
+from kvtool.errors import CapacityError, ConfigError, DataError, is_out_of_memory
 from kvtool.models import LoadedModel, ModelInfo, check_length, tokenizer_hash
 from kvtool.policies.statistics import default_statistics, parse_statistic
 from kvtool.progress import say, track
@@ -267,9 +267,7 @@ class _memory_errors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import torch
-
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise CapacityError(
                 f"out of memory while capturing {self.what}; finished samples are kept. Use shorter prompts or fewer answer tokens"
             ) from error

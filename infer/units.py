@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvtool.data.tasks import sample_seed
-from kvtool.errors import ConfigError
+from kvtool.errors import ConfigError, is_out_of_memory
 from kvtool.infer.generate import PromptState, prefill
 from kvtool.infer.measure import Gold, Unit, measure, plan
 
@@ -78,13 +78,6 @@ def _prefill(loaded: LoadedModel, units: Sequence[Unit]) -> PromptState | str:
         message = _one_line(error)
     _free_memory()
     return message
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for out-of-memory errors of Python, CUDA and torch's CPU allocator (a plain RuntimeError)."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("not enough memory", "can't allocate memory"))
 
 
 def _one_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
 
     able = [row for row in rows if row.status == "ok" and row.budget is not None]
     methods = _best_methods(able)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3 + 0.2 * (len(methods) // 4 + 1)), layout="constrained")
     for index, method in enumerate(methods):
         points = sorted((row for row in able if row.method == method), key=lambda row: row.retention)
         style: dict[str, Any] = {
@@ -45,11 +45,11 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
     front = sorted((row for row in able if row.pareto), key=lambda row: row.retention)
     marks = {"s": 110, "facecolors": "none", "edgecolors": "#666666", "linewidths": 1.2, "label": "Pareto front", "zorder": 4}
     left.scatter([100 * r.retention for r in front], [r.harm or 0.0 for r in front], **marks)
-    left.set_ylabel("predicted harm (sum of lost margin), 95 % interval")
-    right.set_ylabel("attention recall (share of mass kept)")
+    left.set_ylabel("predicted harm (lost margin), 95 %")
+    right.set_ylabel("attention recall (mass kept)")
     for axis in (left, right):
         axis.set_xscale("log")
-        ticks = sorted({round(100 * row.retention, 3) for row in able})
+        ticks = _apart(sorted({100 * row.retention for row in able}))
         axis.set_xticks(ticks)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -63,6 +63,15 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
     write_atomic(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _apart(values: list[float]) -> list[float]:
+    """Those of the ascending values whose labels do not overlap on a logarithmic axis."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or value / kept[-1] >= (values[-1] / values[0]) ** 0.06:
+            kept.append(value)
+    return kept
 
 
 def _best_methods(rows: Sequence[Row]) -> list[str]:

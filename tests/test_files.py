@@ -45,7 +45,9 @@ def test_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 def test_run_folder_is_bound_to_its_configuration(tmp_path: Path) -> None:
     assert open_run(tmp_path, {"n": 3, "task": "niah"}, {}) is False
+    (tmp_path / ".ranking.jsonl.abc.tmp").write_text("half")
     assert open_run(tmp_path, {"n": 3, "task": "niah"}, {}) is True
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
     with pytest.raises(ConfigError, match=r"n: 3 there, 4 now"):
         open_run(tmp_path, {"n": 4, "task": "niah"}, {})
     assert read_run(tmp_path)["config"] == {"n": 3, "task": "niah"}

@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from kvtool.data.tasks import Encoded
-from kvtool.errors import ConfigError, DataError, KvtoolError
+from kvtool.errors import ConfigError, DataError, KvtoolError, is_out_of_memory
 from kvtool.files import read_records
 from kvtool.infer.runner import InferConfig, run_infer
-from kvtool.infer.units import is_out_of_memory
 from kvtool.models import LoadedModel
 from kvtool.policies import Budget, LayerView, Method, Policy
 from kvtool.policies.allocators import Uniform
