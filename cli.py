@@ -57,7 +57,10 @@ def _emit(as_json: bool, value: Any, text: str) -> None:
 def _budgets(text: str) -> list[str]:
     from kvtool.policies import Budget
 
-    return [str(Budget.parse(item)) for item in text.split(",") if item.strip()]
+    budgets = [str(Budget.parse(item)) for item in text.split(",") if item.strip()]
+    if not budgets:
+        raise click.UsageError("--retention is empty; give budgets such as 2%,10%")
+    return budgets
 
 
 def _load(model: str, device: str, dtype: str) -> LoadedModel:

@@ -34,9 +34,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"cannot write {path}: no space left on the device; what was written before is intact. "
                 "Free some space and run the same command again: it continues"
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError):
-            raise DataError(f"cannot write {path}: {error.strerror}; choose another output path") from error
-        raise
+        raise DataError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -83,6 +83,7 @@ def test_json_output_is_json(chain: Path, model_folder: Path) -> None:
         (("infer", "-p", "snapkv:budget=0", "-m", "MODEL"), 2, "retention 0 is outside (0, 1]"),
         (("infer", "-r", "1.5", "-m", "MODEL"), 2, "retention 1.5 is outside (0, 1]"),
         (("infer", "-r", "150%", "-m", "MODEL"), 2, "outside (0, 1]"),
+        (("infer", "-r", " ", "-m", "MODEL"), 2, "--retention is empty"),
         (("capture", "-m", "MODEL", "--length", "5000"), 2, "has a context of 1024"),
         (("capture", "-m", "MODEL", "-t", "file:/no/file.jsonl"), 1, "cannot be read"),
         (("capture", "-m", "MODEL", "-t", "nia"), 2, "Did you mean 'niah'"),
