@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvtool import __version__
-from kvtool.cli_options import compress_option, json_option, model_options, out_option, policy_options, sample_options
+from kvtool.cli_options import (
+    compress_option,
+    json_option,
+    model_options,
+    out_option,
+    policy_options,
+    read_budgets,
+    sample_options,
+    whole_numbers,
+)
 from kvtool.errors import KvtoolError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -52,15 +61,6 @@ def _plain(value: Any) -> Any:
 
 def _emit(as_json: bool, value: Any, text: str) -> None:
     click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False) if as_json else text)
-
-
-def _budgets(text: str) -> list[str]:
-    from kvtool.policies import Budget
-
-    budgets = [str(Budget.parse(item)) for item in text.split(",") if item.strip()]
-    if not budgets:
-        raise click.UsageError("--retention is empty; give budgets such as 2%,10%")
-    return budgets
 
 
 def _load(model: str, device: str, dtype: str) -> LoadedModel:
@@ -137,7 +137,7 @@ def capture(
         length=length,
         seed=seed,
         compress_at=compress_at,  # type: ignore[arg-type]
-        windows=tuple(_whole_numbers("--windows", windows)),
+        windows=tuple(whole_numbers("--windows", windows)),
         statistics=tuple(s.strip() for s in statistics.split(",")) if statistics else None,
     )
     if dry_run:
@@ -158,13 +158,6 @@ def capture(
         if count:
             notes.append(f"  {count} {text}")
     _emit(as_json, summary, "\n".join(notes))
-
-
-def _whole_numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError as error:
-        raise click.UsageError(f"{option} {text!r}: whole numbers separated by commas are needed") from error
 
 
 @cli.command()
@@ -215,7 +208,12 @@ def simulate(
     from kvtool.simulate.runner import SimulateConfig, run_simulate
 
     config = SimulateConfig(
-        capture=str(capture_file), policies=policies, budgets=tuple(_budgets(retention)), refine=refine, draws=draws, seed=seed
+        capture=str(capture_file),
+        policies=policies,
+        budgets=tuple(read_budgets(retention)),
+        refine=refine,
+        draws=draws,
+        seed=seed,
     )
     loaded = _load(model, device, dtype) if refine else None
     summary = run_simulate(config, out, loaded)
@@ -258,7 +256,7 @@ def infer(
     """
     from kvtool.infer.runner import InferConfig, run_infer
 
-    chosen = _shortlisted(shortlist) if shortlist else _at_budgets(policies, retention)
+    chosen = _shortlisted(shortlist) if shortlist else _atread_budgets(policies, retention)
     loaded = _load(model, device, dtype)
     samples = _samples(loaded, task, n, length, seed, template)
     if dry_run:
@@ -278,10 +276,10 @@ def infer(
     _emit(as_json, summary, summary.text())
 
 
-def _at_budgets(texts: tuple[str, ...], retention: str) -> list[Policy]:
+def _atread_budgets(texts: tuple[str, ...], retention: str) -> list[Policy]:
     from kvtool.policies import expand_policies
 
-    return expand_policies(texts, _budgets(retention))
+    return expand_policies(texts, read_budgets(retention))
 
 
 def _shortlisted(path: Path) -> list[Policy]:

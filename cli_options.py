@@ -1,4 +1,4 @@
-"""Options that several commands share, as decorators."""
+"""Options that several commands share, as decorators, and how their values are read."""
 
 from __future__ import annotations
 
@@ -79,3 +79,21 @@ def policy_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def read_budgets(text: str) -> list[str]:
+    """Read the value of ``--retention``."""
+    from kvtool.policies import Budget
+
+    budgets = [str(Budget.parse(item)) for item in text.split(",") if item.strip()]
+    if not budgets:
+        raise click.UsageError("--retention is empty; give budgets such as 2%,10%")
+    return budgets
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Read comma-separated whole numbers of an option."""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"{option} {text!r}: whole numbers separated by commas are needed") from error
