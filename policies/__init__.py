@@ -3,7 +3,7 @@
 from kvtool.policies.base import LayerView, Method, Policy
 from kvtool.policies.budget import Budget
 from kvtool.policies.registry import method_class, method_classes
-from kvtool.policies.select import kept_positions, refuse_impossible, select
+from kvtool.policies.select import kept_counts, kept_positions, refuse_impossible, select
 from kvtool.policies.text import expand_policies, method_key, parse_policy, policy_from_dict, policy_to_dict
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Method",
     "Policy",
     "expand_policies",
+    "kept_counts",
     "kept_positions",
     "method_class",
     "method_classes",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from kvtool.policies.base import Allocator, LayerView
+from kvtool.policies.base import Allocator, LayerView, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,5 +18,5 @@ class Uniform(Allocator):
 
     layer_local: ClassVar[bool] = True
 
-    def allocate(self, views: Sequence[LayerView], budget: int, minimum: int) -> list[list[int]]:
-        return [[budget] * view.n_kv_heads for view in views]
+    def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
+        return [[request.budget] * view.n_kv_heads for view in views]

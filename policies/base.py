@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from kvtool.errors import ConfigError
 from kvtool.policies.budget import Budget
+from kvtool.policies.compensation import Compensation
+from kvtool.policies.when import When
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +46,7 @@ class LayerView(Protocol):
         ...
 
     def statistic(self, name: str) -> Tensor:
-        """Return a selection statistic, float32 ``[Q, T]`` or ``[H, T]``; names in `kvtool.policies.statistics.KINDS`."""
+        """Return a selection statistic, float32 ``[Q, T]``, ``[H, T]`` or ``[Q, 1]``; see `kvtool.policies.statistics.KINDS`."""
         ...
 
 
@@ -58,7 +60,26 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
-        """Return the scores, float ``[H, T]``."""
+        """Return the scores, float ``[H, T]`` (``[2, H, T]`` for a selector that ranks in two stages)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an allocator has to share out.
+
+    Attributes
+    ----------
+    budget : int
+        Mean entries per KV head, in ``minimum ... T``.
+    minimum : int
+        Entries that no head may fall below: the protected ones, and the slots of a compensation.
+    selector : Selector
+        Says which positions are protected.
+    """
+
+    budget: int
+    minimum: int
+    selector: Selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +95,22 @@ class Allocator(ABC):
         return ()
 
     @abstractmethod
-    def allocate(self, views: Sequence[LayerView], budget: int, minimum: int) -> list[list[int]]:
+    def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         """Return the entries to keep per (layer, KV head).
 
         Parameters
         ----------
         views : sequence of LayerView
             All compressible layers of one prompt (or, for a `layer_local` allocator, any subset).
-        budget : int
-            Mean entries per KV head, in ``minimum ... T``.
-        minimum : int
-            Protected entries of each head; no head gets less.
+        scores : sequence of Tensor ``[H, T]``
+            What the policy's scorer gave each of them.
+        request : Request
 
         Returns
         -------
         list of list of int
-            ``[len(views)][H]``; sums to ``budget * len(views) * H``, every value in ``minimum ... T``.
+            ``[len(views)][H]``, every value in ``request.minimum ... T``. The sum is
+            ``request.budget * len(views) * H``, unless the method says `exact` is False.
         """
 
 
@@ -142,30 +163,26 @@ class Selector:
         rest = order[free].view(scores.shape[0], seq_len - len(head))
         return torch.cat([head.expand(scores.shape[0], -1), rest], dim=-1)
 
+    def keep(self, scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Return the ascending positions that each head keeps.
 
-@dataclass(frozen=True, slots=True)
-class Compensation:
-    """What stands for the evicted entries. This base keeps nothing (``none``)."""
-
-    name: ClassVar[str] = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class When:
-    """Moments at which entries are dropped. This base: once, after the prompt."""
-
-    name: ClassVar[str] = "prompt"
+        Parameters
+        ----------
+        scores : Tensor ``[H, T]``
+        counts : sequence of int
+            Entries per head.
+        """
+        order = self.order(scores)
+        return [order[h, :n].sort().values for h, n in enumerate(counts)]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The five pieces of a method."""
+    """Score, allocate, select: what a method is made of. Compensation and moments are the policy's."""
 
     scorer: Scorer
     allocator: Allocator
     selector: Selector
-    compensation: Compensation = field(default_factory=Compensation)
-    when: When = field(default_factory=When)
 
     def needs(self) -> tuple[str, ...]:
         """Return the names of all statistics asked for, sorted."""
@@ -189,10 +206,25 @@ class Method(ABC):
     formula: ClassVar[str]
     #: keeps everything whatever the budget
     keeps_all: ClassVar[bool] = False
+    #: brings its own number of entries (windows, say): a budget may be left out
+    implies_budget: ClassVar[bool] = False
+    #: needs facts that no real run can have
+    simulate_only: ClassVar[bool] = False
+    #: parameters for prompts of about a hundred tokens, where the defaults are meant for thousands
+    small: ClassVar[str] = ""
 
     @abstractmethod
     def parts(self) -> Parts:
         """Return the five pieces."""
+
+    @property
+    def exact(self) -> bool:
+        """True if the kept entries always sum to the budget; some official codes miss it, and kvtool can follow them."""
+        return True
+
+    def implied_entries(self, seq_len: int) -> float:
+        """Return the mean entries per KV head without a budget, for methods that bring their own."""
+        raise ConfigError(f"policy {self.name!r} needs a budget, e.g. {self.name}:budget=10%")
 
     def parameters(self) -> dict[str, Any]:
         """Return parameter names and values in declaration order."""
@@ -201,23 +233,29 @@ class Method(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A method at a budget.
+    """A method at a budget, with what stands for evicted entries and when entries are dropped.
 
     Attributes
     ----------
     method : Method
     budget : Budget or None
-        None only for methods that keep everything (``full``).
+        None only for methods that keep everything (``full``) or bring their own number of entries.
+    compensation : Compensation
+    when : When
     """
 
     method: Method
     budget: Budget | None = None
+    compensation: Compensation = field(default_factory=Compensation)
+    when: When = field(default_factory=When)
 
     def __post_init__(self) -> None:
-        if self.budget is None and not self.method.keeps_all:
+        if self.budget is None and not (self.method.keeps_all or self.method.implies_budget):
             raise ConfigError(f"policy {self.method.name!r} needs a budget, e.g. {self.method.name}:budget=10%")
         if self.budget is not None and self.method.keeps_all:
             raise ConfigError(f"policy {self.method.name!r} keeps every entry and takes no budget")
+        if self.method.keeps_all and (self.compensation.active or self.when != When()):
+            raise ConfigError(f"policy {self.method.name!r} drops nothing: there is nothing to compensate and no moment to do it")
 
     def __str__(self) -> str:
         from kvtool.policies.text import format_policy
@@ -226,7 +264,7 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read the text form, e.g. ``snapkv:budget=1024,window=32``.
+        """Read the text form, e.g. ``snapkv:budget=1024,window=32``, or a study's name, e.g. ``h2o_8_64_512``.
 
         Raises
         ------
@@ -237,8 +275,19 @@ class Policy:
 
         return parse_policy(text)
 
+    @property
+    def exact(self) -> bool:
+        """True if exactly the budget is kept, slots of a compensation counted."""
+        return self.budget is not None and self.method.exact and self.compensation.exact
+
+    def minimum(self, seq_len: int) -> int:
+        """Return the fewest entries a head can have: protected sink and window, and the compensation's slots."""
+        return self.compensation.minimum(min(self.method.parts().selector.protected, seq_len), seq_len)
+
     def entries(self, seq_len: int) -> int:
-        """Return the mean entries per KV head for a prompt of `seq_len` tokens.
+        """Return the mean entries per KV head for a prompt of `seq_len` tokens, slots of a compensation counted.
+
+        Rounded where the method brings its own number of entries.
 
         Raises
         ------
@@ -246,13 +295,15 @@ class Policy:
             The budget is smaller than the protected sink and window.
         """
         if self.budget is None:
-            return seq_len
-        entries = self.budget.resolve(seq_len)
-        protected = min(self.method.parts().selector.protected, seq_len)
-        if entries < protected:
+            return seq_len if self.method.keeps_all else round(self.method.implied_entries(seq_len))
+        entries, least = self.budget.resolve(seq_len), self.minimum(seq_len)
+        if entries < least:
+            protected = min(self.method.parts().selector.protected, seq_len)
+            slots = f" and {least - protected} slots of its compensation" if least > protected else ""
             raise ConfigError(
                 f"policy {self}: a budget of {entries} of {seq_len} entries is smaller than its {protected} protected "
-                "entries (sink + window); raise the budget or set smaller sink=, window="
+                f"entries (sink + window){slots}; raise the budget or set smaller sink=, window="
+                + (", or a larger block=" if slots else "")
             )
         return entries
 
@@ -260,4 +311,4 @@ class Policy:
         """Return True where nothing is left to choose: budget <= sink + window, so all policies coincide."""
         if self.budget is None:
             return False
-        return self.budget.resolve(seq_len) <= self.method.parts().selector.protected < seq_len
+        return self.budget.resolve(seq_len) <= self.minimum(seq_len) < seq_len

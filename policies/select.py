@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvtool.errors import ConfigError
-from kvtool.policies.base import LayerView, Policy
-from kvtool.policies.statistics import AttentionInputs, compute_statistics
+from kvtool.errors import ConfigError, KvtoolError
+from kvtool.policies.base import LayerView, Policy, Request
+from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +24,15 @@ class TensorView:
         Post-RoPE tensors of the prompt.
     layer, n_layers : int
     seed : int
+    head_scores : Tensor ``[Q]`` or None
+        Importance of the layer's query heads, for methods that share a budget by it.
     """
 
     inputs: AttentionInputs
     layer: int
     n_layers: int
     seed: int = 0
+    head_scores: Tensor | None = None
 
     @property
     def n_heads(self) -> int:
@@ -44,6 +47,8 @@ class TensorView:
         return self.inputs.seq_len
 
     def statistic(self, name: str) -> Tensor:
+        if name == "head_scores" and self.head_scores is not None:
+            return self.head_scores[:, None]
         return compute_statistics(self.inputs, [name])[name]
 
 
@@ -72,6 +77,34 @@ def refuse_impossible(policies: Sequence[Policy], seq_lens: Sequence[int]) -> No
         raise first
 
 
+def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Tensor]) -> list[list[int]]:
+    """Return how many prompt entries every (layer, KV head) keeps; slots of a compensation are not among them.
+
+    Parameters
+    ----------
+    policy : Policy
+    views : sequence of LayerView
+    scores : sequence of Tensor
+        What the policy's scorer gave each view.
+
+    Raises
+    ------
+    ConfigError
+        The budget is smaller than the protected entries.
+    KvtoolError
+        The allocator breaks its contract.
+    """
+    parts, seq_len = policy.method.parts(), views[0].seq_len
+    request = Request(policy.entries(seq_len), policy.minimum(seq_len), parts.selector)
+    budgets = parts.allocator.allocate(views, scores, request)
+    flat = [n for heads in budgets for n in heads]
+    if policy.budget is not None and policy.method.exact and sum(flat) != request.budget * len(flat):
+        raise KvtoolError(f"policy {policy}: its allocator gave {sum(flat)} entries, {request.budget * len(flat)} were asked for")
+    if any(not min(request.minimum, seq_len) <= n <= seq_len for n in flat):
+        raise KvtoolError(f"policy {policy}: its allocator left the range {request.minimum} ... {seq_len} of a head's budget")
+    return [[policy.compensation.kept(n, seq_len) for n in heads] for heads in budgets]
+
+
 def kept_positions(policy: Policy, views: Sequence[LayerView]) -> list[list[Tensor]]:
     """Return the kept set of every (layer, KV head).
 
@@ -91,15 +124,14 @@ def kept_positions(policy: Policy, views: Sequence[LayerView]) -> list[list[Tens
     ConfigError
         The budget is smaller than the protected entries.
     """
-    parts, seq_len = policy.method.parts(), views[0].seq_len
-    budget = policy.entries(seq_len)
-    minimum = min(parts.selector.protected, seq_len)
-    budgets = parts.allocator.allocate(views, budget, minimum)
-    kept = []
-    for view, per_head in zip(views, budgets, strict=True):
-        order = parts.selector.order(parts.scorer.score(view))
-        kept.append([order[h, :b].sort().values for h, b in enumerate(per_head)])
-    return kept
+    parts = policy.method.parts()
+    if policy.method.keeps_all:
+        import torch
+
+        return [[torch.arange(view.seq_len) for _ in range(view.n_kv_heads)] for view in views]
+    scores = [parts.scorer.score(view) for view in views]
+    counts = kept_counts(policy, views, scores)
+    return [parts.selector.keep(score, heads) for score, heads in zip(scores, counts, strict=True)]
 
 
 def select(
@@ -108,7 +140,10 @@ def select(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     *,
+    head_scores: Sequence[Sequence[float]] | Tensor | None = None,
     scaling: float | None = None,
+    rope: Rope | None = None,
+    output_weights: Sequence[Tensor] | None = None,
     seed: int = 0,
 ) -> list[list[Tensor]]:
     """Select entries for tensors from anywhere.
@@ -116,13 +151,19 @@ def select(
     Parameters
     ----------
     policy : Policy or str
-        Policy or its text form.
+        Policy, its text form or a study's name.
     queries : sequence of Tensor ``[Q, T, D]``
         Post-RoPE queries, one tensor per layer.
     keys, values : sequence of Tensor ``[H, T, D]``
         Post-RoPE keys and values, one tensor per layer.
+    head_scores : array of shape (L, Q), optional
+        Importance of each query head, for methods that share a budget by it and are given no file.
     scaling : float, optional
         Factor of the logits; default 1 / sqrt(D).
+    rope : Rope, optional
+        How the queries were rotated, for methods that look into the future (``expected``).
+    output_weights : sequence of Tensor ``[hidden, Q * D]``, optional
+        Output projections, for methods that weigh values by them (``critical``).
     seed : int
         For policies that draw.
 
@@ -134,8 +175,11 @@ def select(
     Raises
     ------
     ConfigError
-        Shapes that do not fit together, or a budget smaller than the protected entries.
+        Shapes that do not fit together, something the policy needs is missing, or a budget smaller than the protected
+        entries.
     """
+    import torch
+
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
     views = []
     for layer, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
@@ -144,6 +188,12 @@ def select(
                 f"layer {layer}: queries [heads, T, D], keys and values [kv_heads, T, D] are needed, "
                 f"found {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
             )
-        inputs = AttentionInputs(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling)
-        views.append(TensorView(inputs, layer, len(queries), seed))
+        weight = None if output_weights is None else output_weights[layer]
+        inputs = AttentionInputs(
+            q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling, rope=rope, output_weight=weight
+        )
+        importance = None if head_scores is None else torch.as_tensor(head_scores[layer], dtype=torch.float32)
+        if importance is not None and importance.shape != q.shape[:1]:
+            raise ConfigError(f"layer {layer}: {list(importance.shape)} head scores were given for {q.shape[0]} query heads")
+        views.append(TensorView(inputs, layer, len(queries), seed, importance))
     return kept_positions(policy, views)

@@ -19,16 +19,38 @@ if TYPE_CHECKING:
 #: Elements of one logits block (Q x B x T floats): 8 MB.
 BLOCK_ELEMENTS = 1 << 21
 
-#: name -> what it is; ``{w}`` is a window size
+#: name -> what it is; ``{w}`` is a window size, ``{n}`` a number of future positions
 KINDS = {
     "accumulated": "[Q, T] sum over all prompt queries of the attention to the position",
     "window_mean/{w}": "[Q, T] mean over the last w prompt queries of the attention to the position",
     "window_var/{w}": "[Q, T] population variance over the last w prompt queries of the attention to the position",
+    "window_max/{w}": "[Q, T] maximum over the last w prompt queries of the attention to the position",
+    "window_entropy/{w}": "[Q, 1] mean over the last w prompt queries of -sum P ln P over the positions before that window",
     "last": "[Q, T] attention of the last prompt query, = window_mean/1",
     "key_norm": "[H, T] Euclidean norm of the post-RoPE key",
     "value_norm": "[H, T] Euclidean norm of the value",
+    "value_norm1": "[H, T] sum of the absolute components of the value",
     "key_similarity": "[H, T] cosine between the key and the mean of all normalised keys of the head",
+    "expected_logit/{n}": "[Q, T] logit of the mean query, rotated to the next n positions on average",
+    "expected_spread/{n}": "[Q, T] half the variance of that logit over the prompt's queries",
+    "output_norm": "[H, T] mean over the group of the L1 norm of the value after the head's output projection",
 }
+
+#: Known to some views only, never captured: what the tensors' owner says, and the future of a captured prompt.
+SPECIAL = {
+    "head_scores": "[Q, 1] importance of the query heads, as given to `select`",
+    "future": "[Q, T] attention of the evaluation probes to the position, summed",
+}
+
+#: Statistics that ask something of the model beside its tensors.
+NEEDS_ROPE = ("expected_logit", "expected_spread")
+NEEDS_OUTPUT_WEIGHT = ("output_norm",)
+
+#: First positions whose queries Expected Attention leaves out (arXiv 2510.00636).
+EXPECTED_SINK = 4
+
+#: Positions ahead that Expected Attention averages over by default.
+EXPECTED_FUTURE = 512
 
 
 def parse_statistic(name: str) -> tuple[str, int]:
@@ -39,6 +61,9 @@ def parse_statistic(name: str) -> tuple[str, int]:
     ConfigError
         Unknown name.
     """
+    if name in SPECIAL:
+        hint = "add heads=FILE (kvtool classify makes one)" if name == "head_scores" else "only kvtool simulate can run it"
+        raise ConfigError(f"the policy needs {name!r}, which is not there: {hint}")
     kind, _, number = name.partition("/")
     known = {k.partition("/")[0]: "/" in k for k in KINDS}
     if kind not in known or known[kind] != number.isdigit() or (number and int(number) < 1):
@@ -49,7 +74,35 @@ def parse_statistic(name: str) -> tuple[str, int]:
 def default_statistics(windows: Iterable[int] = (16, 32, 64)) -> tuple[str, ...]:
     """Return the names of all statistics, with the window menu `windows`."""
     plain = tuple(k for k in KINDS if "/" not in k)
-    return plain + tuple(f"{kind}/{w}" for w in sorted(set(windows)) for kind in ("window_mean", "window_var"))
+    kinds = [k.removesuffix("/{w}") for k in KINDS if k.endswith("/{w}")]
+    expected = tuple(f"{kind}/{EXPECTED_FUTURE}" for kind in NEEDS_ROPE)
+    return plain + expected + tuple(f"{kind}/{w}" for w in sorted(set(windows)) for kind in kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding in the half-split convention: dimension i pairs with i + R/2 of the R rotated ones.
+
+    Attributes
+    ----------
+    inv_freq : Tensor ``[R / 2]``
+        Angle per position of each pair; empty for models without rotation.
+    """
+
+    inv_freq: Tensor
+
+    def rotate(self, x: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
+        """Rotate ``[..., T, D]`` to `positions` ``[T]`` (or ``[..., T]``); ``sign=-1`` rotates back."""
+        angles = positions[..., None].float() * self.inv_freq.float().to(x.device)
+        return self.turn(x, angles.cos(), sign * angles.sin())
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply cosines and sines ``[..., R / 2]`` of the angles; dimensions beyond R are left alone."""
+        import torch
+
+        half = self.inv_freq.shape[0]
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +117,10 @@ class AttentionInputs:
         Factor of the logits (1 / sqrt(D) for most models).
     window : int or None
         Width of a sliding-window layer: query i sees the keys i - window < j <= i.
+    rope : Rope or None
+        How the model rotates; None where that is not known.
+    output_weight : Tensor ``[hidden, Q * D]`` or None
+        The layer's output projection.
     """
 
     queries: Tensor
@@ -71,6 +128,8 @@ class AttentionInputs:
     values: Tensor
     scaling: float
     window: int | None = None
+    rope: Rope | None = None
+    output_weight: Tensor | None = None
 
     @property
     def seq_len(self) -> int:
@@ -123,32 +182,116 @@ def compute_statistics(inputs: AttentionInputs, names: Iterable[str]) -> dict[st
     Returns
     -------
     dict of str to Tensor
-        float32, ``[Q, T]`` or ``[H, T]``, on the device of the inputs. A window longer than the prompt uses all of it.
+        float32, ``[Q, T]``, ``[H, T]`` or ``[Q, 1]``, on the device of the inputs. A window longer than the prompt uses all of it.
+    """
+    wanted = {name: parse_statistic(name) for name in names}
+    result: dict[str, Tensor] = {}
+    for window in sorted({1 if kind == "last" else w for kind, w in wanted.values() if kind == "last" or _is_window(kind)}):
+        rows = attention_rows(inputs, max(0, inputs.seq_len - window), inputs.seq_len)
+        for name, (kind, w) in wanted.items():
+            if (kind == "last" and window == 1) or (_is_window(kind) and w == window):
+                result[name] = _window_statistic(kind, rows)
+    for name, (kind, number) in wanted.items():
+        if kind in NEEDS_ROPE:
+            result[name] = expected_attention(inputs, kind, number)
+        elif name not in result:
+            result[name] = _plain_statistic(inputs, kind)
+    return {name: result[name] for name in wanted}
+
+
+def _is_window(kind: str) -> bool:
+    return kind.startswith("window_")
+
+
+def _window_statistic(kind: str, rows: Tensor) -> Tensor:
+    """Reduce the attention rows ``[Q, w, T]`` of the last queries."""
+    if kind == "last":
+        return rows[:, -1].clone()
+    if kind == "window_mean":
+        return rows.mean(dim=1)
+    if kind == "window_var":
+        return rows.var(dim=1, correction=0)
+    if kind == "window_max":
+        return rows.amax(dim=1)
+    past = rows[:, :, : rows.shape[2] - rows.shape[1]]
+    # The offset inside the logarithm is CAKE's (arXiv 2503.12491, official code).
+    return -(past * (past + 1e-10).log()).sum(dim=2).mean(dim=1, keepdim=True)
+
+
+def _plain_statistic(inputs: AttentionInputs, kind: str) -> Tensor:
+    import torch
+
+    if kind == "accumulated":
+        return accumulated_attention(inputs)
+    if kind == "key_norm":
+        return inputs.keys.float().norm(dim=-1)
+    if kind == "value_norm":
+        return inputs.values.float().norm(dim=-1)
+    if kind == "value_norm1":
+        return inputs.values.float().abs().sum(dim=-1)
+    if kind == "output_norm":
+        return output_norm(inputs)
+    keys = inputs.keys.float()
+    unit = torch.nn.functional.normalize(keys, dim=-1)
+    return torch.nn.functional.cosine_similarity(keys, unit.mean(dim=1, keepdim=True), dim=-1)
+
+
+def output_norm(inputs: AttentionInputs) -> Tensor:
+    """Return ``mean over the group of ||W_o^h v_j||_1``, float32 ``[H, T]`` (CriticalKV, arXiv 2502.03805).
+
+    Raises
+    ------
+    ConfigError
+        The output projection is not known.
     """
     import torch
 
-    wanted = {name: parse_statistic(name) for name in names}
-    result: dict[str, Tensor] = {}
-    if any(kind == "accumulated" for kind, _ in wanted.values()):
-        result["accumulated"] = accumulated_attention(inputs)
-    for window in sorted({1 if kind == "last" else w for kind, w in wanted.values() if kind == "last" or w}):
-        rows = attention_rows(inputs, max(0, inputs.seq_len - window), inputs.seq_len)
-        for name, (kind, w) in wanted.items():
-            if kind == "last" and window == 1:
-                result[name] = rows[:, -1].clone()
-            elif kind == "window_mean" and w == window:
-                result[name] = rows.mean(dim=1)
-            elif kind == "window_var" and w == window:
-                result[name] = rows.var(dim=1, correction=0)
-    keys, values = inputs.keys.float(), inputs.values.float()
-    if "key_norm" in wanted:
-        result["key_norm"] = keys.norm(dim=-1)
-    if "value_norm" in wanted:
-        result["value_norm"] = values.norm(dim=-1)
-    if "key_similarity" in wanted:
-        unit = torch.nn.functional.normalize(keys, dim=-1)
-        result["key_similarity"] = torch.nn.functional.cosine_similarity(keys, unit.mean(dim=1, keepdim=True), dim=-1)
-    return {name: result[name] for name in wanted}
+    if inputs.output_weight is None:
+        raise ConfigError("output_norm needs the layer's output projection, which is not known here; give output_weights=")
+    n_kv, seq_len, width = inputs.values.shape
+    group = inputs.n_heads // n_kv
+    weight = inputs.output_weight.float().view(-1, inputs.n_heads, width)
+    norms = []
+    for kv_head in range(n_kv):
+        total = torch.zeros(seq_len, device=inputs.values.device)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            for start in range(0, seq_len, 1024):
+                part = inputs.values[kv_head, start : start + 1024].float() @ weight[:, head].T
+                total[start : start + 1024] += part.abs().sum(dim=-1)
+        norms.append(total / group)
+    return torch.stack(norms)
+
+
+def expected_attention(inputs: AttentionInputs, kind: str, n_future: int) -> Tensor:
+    """Return mean logit or half its variance for queries of the next `n_future` positions, float32 ``[Q, T]``.
+
+    Expected Attention (arXiv 2510.00636): the prompt's unrotated queries give mean and covariance per head; both are
+    turned by the average rotation of the positions ``T ... T + n_future - 1``.
+
+    Raises
+    ------
+    ConfigError
+        It is not known how the model rotates.
+    """
+    import torch
+
+    if inputs.rope is None:
+        raise ConfigError("expected attention needs the model's rotary embedding, which is not known here; give rope=")
+    seq_len, rope = inputs.seq_len, inputs.rope
+    first = EXPECTED_SINK if seq_len > EXPECTED_SINK else 0
+    where = torch.arange(first, seq_len, device=inputs.queries.device)
+    queries = rope.rotate(inputs.queries[:, first:].float(), where, sign=-1.0)
+    mean = queries.mean(dim=1)
+    angles = torch.arange(seq_len, seq_len + n_future).float()[:, None] * rope.inv_freq.float().cpu()
+    cos, sin = (f.mean(dim=0).to(queries.device) for f in (angles.cos(), angles.sin()))
+    keys = inputs.keys.float().repeat_interleave(inputs.n_heads // inputs.keys.shape[0], dim=0)
+    if kind == "expected_logit":
+        return (keys @ rope.turn(mean, cos, sin)[..., None])[..., 0] * inputs.scaling
+    centred = queries - mean[:, None]
+    covariance = centred.transpose(1, 2) @ centred / centred.shape[1]
+    # R C R^T: the rows are turned, then the columns.
+    turned = rope.turn(rope.turn(covariance, cos, sin).transpose(1, 2), cos, sin)
+    return ((keys @ turned) * keys).sum(dim=-1) * (inputs.scaling**2 / 2)
 
 
 def accumulated_attention(inputs: AttentionInputs) -> Tensor:

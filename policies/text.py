@@ -9,7 +9,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from kvtool.errors import ConfigError, near_matches
 from kvtool.policies.base import Method, Policy
 from kvtool.policies.budget import Budget
+from kvtool.policies.compensation import Compensation
 from kvtool.policies.registry import method_class, method_classes
+from kvtool.policies.when import When
+
+#: Options that every method takes beside its own parameters, in the order of the text form.
+OPTIONS: tuple[type[Compensation] | type[When], ...] = (Compensation, When)
 
 
 def parse_policy(text: str) -> Policy:
@@ -28,8 +33,12 @@ def parse_policy(text: str) -> Policy:
 
 def format_policy(policy: Policy) -> str:
     """Return the shortest text that `parse_policy` reads back: budget, then the parameters that differ from the default."""
-    items = [] if policy.budget is None else [f"budget={policy.budget}"]
-    items += [f"{k}={_format(v)}" for k, v in _changed(policy.method).items()]
+    return _format_policy(policy, [] if policy.budget is None else [f"budget={policy.budget}"])
+
+
+def _format_policy(policy: Policy, items: list[str]) -> str:
+    for part in (policy.method, policy.compensation, policy.when):
+        items = items + [f"{k}={_format(v)}" for k, v in _changed(part).items()]
     return policy.method.name + (":" + ",".join(items) if items else "")
 
 
@@ -44,37 +53,41 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
     rest = dict(values)
     cls = method_class(str(rest.pop("name", "")))
     budget = rest.pop("budget", None)
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    arguments = {}
+    owners = {f.name: owner for owner in (*OPTIONS, cls) for f in dataclasses.fields(owner)}
+    arguments: dict[type, dict[str, Any]] = {owner: {} for owner in (*OPTIONS, cls)}
     for key, value in rest.items():
-        if key not in fields:
-            names = [*([] if cls.keeps_all else ["budget"]), *fields]
+        if key not in owners:
+            names = [*([] if cls.keeps_all else ["budget"]), *(f.name for f in dataclasses.fields(cls))]
+            options = [] if cls.keeps_all else [name for name in owners if name not in names]
             known = ", ".join(names) or "none"
-            raise ConfigError(f"policy {cls.name!r} has no parameter {key!r}.{near_matches(key, names)} Known: {known}")
-        arguments[key] = _convert(cls.name, key, value, hints[key])
-    return Policy(cls(**arguments), None if budget is None else Budget.parse(str(budget)))
+            more = f"; options of every policy: {', '.join(options)}" if options else ""
+            raise ConfigError(
+                f"policy {cls.name!r} has no parameter {key!r}.{near_matches(key, [*names, *options])} Known: {known}{more}"
+            )
+        owner = owners[key]
+        arguments[owner][key] = _convert(cls.name, key, value, get_type_hints(owner)[key])
+    try:
+        compensation, when = Compensation(**arguments[Compensation]), When(**arguments[When])
+    except ConfigError as error:
+        raise ConfigError(f"policy {cls.name!r}: {error}") from error
+    return Policy(cls(**arguments[cls]), None if budget is None else Budget.parse(str(budget)), compensation, when)
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """Return the dict form with every parameter spelled out."""
+    """Return the dict form: every parameter of the method spelled out, and the options that differ from the default."""
     budget = {} if policy.budget is None else {"budget": str(policy.budget)}
-    return {"name": policy.method.name, **budget, **policy.method.parameters()}
+    options = {**_changed(policy.compensation), **_changed(policy.when)}
+    return {"name": policy.method.name, **budget, **policy.method.parameters(), **options}
 
 
 def method_key(policy: Policy) -> str:
     """Return the text form without the budget: the same method at another budget has the same key."""
-    return format_policy(Policy(policy.method, None)) if policy.method.keeps_all else _without_budget(policy)
+    return _format_policy(policy, [])
 
 
-def _without_budget(policy: Policy) -> str:
-    items = [f"{k}={_format(v)}" for k, v in _changed(policy.method).items()]
-    return policy.method.name + (":" + ",".join(items) if items else "")
-
-
-def _changed(method: Method) -> dict[str, Any]:
-    defaults = {f.name: f.default for f in dataclasses.fields(method)}
-    return {k: v for k, v in method.parameters().items() if v != defaults[k]}
+def _changed(part: Method | Compensation | When) -> dict[str, Any]:
+    values = {f.name: (getattr(part, f.name), f.default) for f in dataclasses.fields(part)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _format(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvtool.errors import ConfigError
+from kvtool.policies import kept_counts
 from kvtool.simulate.curves import ProbeTable, curves, probe_table
 
 if TYPE_CHECKING:
@@ -101,19 +102,18 @@ def _evaluate_group(
 ) -> dict[int, Prediction]:
     seq_len, found, counts, ready = sample.seq_len, {}, [], []
     parts = members[0][1].method.parts()
-    minimum = min(parts.selector.protected, seq_len)
+    scores = [parts.scorer.score(view) for view in views]
     for index, policy in members:
         try:
-            budget = policy.entries(seq_len)
+            per_head = kept_counts(policy, views, scores)
         except ConfigError as error:
-            assert policy.budget is not None
-            asked = policy.budget.resolve(seq_len)
+            asked = seq_len if policy.budget is None else policy.budget.resolve(seq_len)
             found[index] = Prediction(asked, asked / seq_len, degenerate=True, message=str(error))
             continue
-        counts.append(np.asarray(policy.method.parts().allocator.allocate(views, budget, minimum), dtype=np.int64))
+        counts.append(np.asarray(per_head, dtype=np.int64))
         ready.append((index, policy))
     if ready:
-        orders = np.stack([parts.selector.order(parts.scorer.score(view)).numpy() for view in views])
+        orders = np.stack([parts.selector.order(score).numpy() for score in scores])
         stacked = np.stack(counts)
         result = curves(table, orders, stacked)
         for k, (index, policy) in enumerate(ready):
