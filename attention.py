@@ -39,6 +39,8 @@ class AttentionCall:
         Factor of the logits.
     window : int or None
         Width of a sliding-window layer.
+    module : object
+        The model's attention module.
     """
 
     layer: int
@@ -48,6 +50,7 @@ class AttentionCall:
     padding: Tensor | None
     scaling: float
     window: int | None
+    module: Any = None
 
 
 #: Returns the attention output ``[B, Q, N, D]``.
@@ -140,6 +143,7 @@ def _attention(
         padding=attention_mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=window,
+        module=module,
     )
     handed = _handed.get()
     if handed is not None and handed.keys is key:

@@ -13,6 +13,9 @@ from kvtool.errors import ConfigError, DataError, UnsupportedModelError, near_ma
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from kvtool.policies.statistics import Rope
 
 EMBEDDED = "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -196,6 +199,43 @@ def tokenizer_hash(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def rotary(model: Any) -> Rope | None:
+    """Return how a model rotates queries and keys, or None where that cannot be told.
+
+    A model without rotation (OPT, GPT-2) has an empty one. Not told: several rotary embeddings in one model, an interleaved
+    convention, and frequencies that change with the length (dynamic NTK, LongRoPE).
+    """
+    import sys
+
+    import torch
+
+    from kvtool.policies.statistics import Rope
+
+    found = [m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))]
+    if not found:
+        return Rope(torch.empty(0))
+    buffers = {name for name, _ in found[0].named_buffers(recurse=False) if name.endswith("inv_freq")}
+    if len(found) > 1 or "inv_freq" not in buffers or buffers - {"inv_freq", "original_inv_freq"}:
+        return None
+    if getattr(found[0], "rope_type", "default") in ("dynamic", "longrope"):
+        return None
+    # The convention is the model's own helper; it is asked, not assumed.
+    helper = getattr(sys.modules[type(found[0]).__module__], "rotate_half", None)
+    if helper is None or helper(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    return Rope(found[0].inv_freq.detach().float().clone())
+
+
+def output_weight(module: Any) -> Tensor | None:
+    """Return the output projection of an attention module, ``[hidden, Q * D]``, or None where it is not found."""
+    for name in ("o_proj", "out_proj", "dense", "c_proj"):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is not None and weight.dim() == 2:
+            # GPT-2's Conv1D holds the transpose of a linear layer's weight.
+            return (weight.T if name == "c_proj" else weight).detach()  # type: ignore[no-any-return]
+    return None
 
 
 def check_length(info: ModelInfo, n_tokens: int, what: str) -> None:

@@ -121,6 +121,13 @@ def check_range(name: str, key: str, value: float, low: float, high: float = flo
         raise ConfigError(f"policy {name!r}: {key}={value} must be {limit}")
 
 
+def check_kernel(name: str, kernel: int) -> None:
+    """Raise ConfigError unless a pooling kernel is odd; used by the methods' ``__post_init__``."""
+    check_range(name, "kernel", kernel, 1)
+    if kernel % 2 == 0:
+        raise ConfigError(f"policy {name!r}: kernel={kernel} is even; an odd kernel keeps scores aligned with positions")
+
+
 def expand_policies(texts: Sequence[str], budgets: Sequence[str]) -> list[Policy]:
     """Read policies; those without a budget are taken at each of `budgets`. Without texts: every registered method.
 

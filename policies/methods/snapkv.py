@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvtool.errors import ConfigError
 from kvtool.policies.allocators import Uniform
 from kvtool.policies.base import Method, Parts, Selector
 from kvtool.policies.scorers import Group, Pool, WindowAttention
-from kvtool.policies.text import check_range
+from kvtool.policies.text import check_kernel, check_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +32,8 @@ class SnapKV(Method):
 
     def __post_init__(self) -> None:
         check_range(self.name, "window", self.window, 1)
-        check_range(self.name, "kernel", self.kernel, 1)
         check_range(self.name, "sink", self.sink, 0)
-        if self.kernel % 2 == 0:
-            raise ConfigError(
-                f"policy 'snapkv': kernel={self.kernel} is even; an odd kernel keeps scores aligned with positions"
-            )
+        check_kernel(self.name, self.kernel)
 
     def parts(self) -> Parts:
         scorer = WindowAttention(self.window, self.kernel, self.pool, self.group)
