@@ -279,7 +279,7 @@ def infer(
 def _atread_budgets(texts: tuple[str, ...], retention: str) -> list[Policy]:
     from kvtool.policies import expand_policies
 
-    return expand_policies(texts, read_budgets(retention))
+    return expand_policies(texts, read_budgets(retention), real=True)
 
 
 def _shortlisted(path: Path) -> list[Policy]:

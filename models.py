@@ -238,6 +238,15 @@ def output_weight(module: Any) -> Tensor | None:
     return None
 
 
+def unknown_statistics(model: Any) -> tuple[str, ...]:
+    """Return the kinds of selection statistics that cannot be computed for a model, as it hides what they need."""
+    from kvtool.policies.statistics import NEEDS_OUTPUT_WEIGHT, NEEDS_ROPE
+
+    attention = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    hidden = () if any(output_weight(module) is not None for module in attention) else NEEDS_OUTPUT_WEIGHT
+    return hidden + (NEEDS_ROPE if rotary(model) is None else ())
+
+
 def check_length(info: ModelInfo, n_tokens: int, what: str) -> None:
     """Refuse a sequence that the model's native context cannot hold.
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import AttentionCall, attention_handler, dense_attention
 from kvtool.capture.features import HeadFeatures, compute_features
-from kvtool.policies.statistics import AttentionInputs, compute_statistics
+from kvtool.models import output_weight, rotary
+from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +57,10 @@ def run_prompt(model: Any, token_ids: Sequence[int], statistics: Sequence[str], 
 
     record = PromptRecord()
 
+    rope = rotary(model)
+
     def handler(call: AttentionCall) -> Tensor:
-        _collect(record, call, statistics, feature_rows)
+        _collect(record, call, rope, statistics, feature_rows)
         return dense_attention(call)
 
     ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
@@ -67,10 +70,12 @@ def run_prompt(model: Any, token_ids: Sequence[int], statistics: Sequence[str], 
     return record
 
 
-def _collect(record: PromptRecord, call: AttentionCall, statistics: Sequence[str], feature_rows: int) -> None:
+def _collect(
+    record: PromptRecord, call: AttentionCall, rope: Rope | None, statistics: Sequence[str], feature_rows: int
+) -> None:
     # Contiguous: a view into a fused projection would keep queries and all of that projection alive.
     keys, values = call.keys[0].contiguous(), call.values[0].contiguous()
-    inputs = AttentionInputs(call.queries[0], keys, values, call.scaling, call.window)
+    inputs = AttentionInputs(call.queries[0], keys, values, call.scaling, call.window, rope, output_weight(call.module))
     selection = compute_statistics(inputs, statistics)
     features = compute_features(inputs, feature_rows)
     record.keys.append(keys)

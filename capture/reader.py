@@ -143,6 +143,8 @@ class CapturedSample:
         """Return a selection statistic of one layer, float32 ``[Q | H, T]``; errors as `CapturedView.statistic`."""
         from kvtool.policies.statistics import parse_statistic
 
+        if name == "future":
+            return self._future(layer)
         kind, window = parse_statistic(name)
         key = f"selection/{selection_key(name)}"
         with damage(self.capture.path):
@@ -150,8 +152,17 @@ class CapturedSample:
             if key in group:
                 return np.ascontiguousarray(group[key][layer], dtype=np.float32)
             known = ", ".join(group["selection"])
-        option = f"--windows {window} added to its other windows" if window else f"the statistic {kind} added"
+        option = f"the statistic {name} added"
+        if window and kind.startswith("window"):
+            option = f"--windows {window} added to its other windows"
         raise DataError(f"capture {self.capture.path} has no statistic {name!r} (it has {known}); capture again with {option}")
+
+    def _future(self, layer: int) -> FloatArray:
+        """Return the attention of all evaluation probes to each position, summed, float32 ``[Q, T]``."""
+        with damage(self.capture.path):
+            dataset = self.capture.group(self.index)["probes/attention"]
+            scale = np.float32(np.asarray(dataset.attrs["scale"])[layer])
+            return np.asarray(dataset[layer], dtype=np.float32).sum(axis=1) * scale
 
     def features(self) -> Features:
         """Return the head features."""

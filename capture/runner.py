@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvtool.errors import CapacityError, ConfigError, DataError, is_out_of_memory
-from kvtool.models import LoadedModel, ModelInfo, check_length, tokenizer_hash
-from kvtool.policies.statistics import default_statistics, parse_statistic
+from kvtool.models import LoadedModel, ModelInfo, check_length, tokenizer_hash, unknown_statistics
+from kvtool.policies.statistics import KINDS, default_statistics, parse_statistic
 from kvtool.progress import say, track
 
 if TYPE_CHECKING:
@@ -68,9 +68,11 @@ class CaptureConfig:
         for name in self.statistics or ():
             parse_statistic(name)
 
-    def names(self) -> tuple[str, ...]:
-        """Return the statistics to capture."""
+    def names(self, unknown: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return the statistics to capture; those of the kinds `unknown` are left out unless they were asked for by name."""
         names = default_statistics(self.windows) if self.statistics is None else tuple(dict.fromkeys(self.statistics))
+        if self.statistics is None:
+            names = tuple(name for name in names if name.partition("/")[0] not in unknown)
         if not names:
             raise ConfigError("capture: no statistics to capture; leave statistics out to capture all")
         return names
@@ -125,6 +127,12 @@ class CaptureEstimate:
     longest: int
 
 
+def rows_of(name: str, info: ModelInfo) -> int:
+    """Return how many figures per position a statistic has: one per query head or per KV head, or none."""
+    shape = KINDS[next(k for k in KINDS if k.partition("/")[0] == name.partition("/")[0])]
+    return 0 if shape.startswith("[Q, 1]") else info.n_heads if shape.startswith("[Q") else info.n_kv_heads
+
+
 def estimate(config: CaptureConfig, info: ModelInfo, samples: Sequence[Encoded]) -> CaptureEstimate:
     """Return the size of a capture without making it.
 
@@ -133,7 +141,7 @@ def estimate(config: CaptureConfig, info: ModelInfo, samples: Sequence[Encoded])
     ConfigError
         A prompt exceeds the model's context.
     """
-    per_position = sum(info.n_kv_heads if name.startswith(("key", "value")) else info.n_heads for name in config.names()) * 4
+    per_position = sum(rows_of(name, info) for name in config.names()) * 4
     total = 0
     for sample in samples:
         check_length(info, _n_tokens(sample, config), f"sample {sample.sample.id}")
@@ -175,6 +183,8 @@ def run_capture(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[En
     for sample in samples:
         check_length(loaded.info, _n_tokens(sample, config), f"sample {sample.sample.id}")
     identity, provenance, folder = run_identity(config, loaded, samples), versions(), parts_folder(out)
+    if left_out := sorted(set(config.names()) - set(identity["statistics"])):
+        say(f"capture: without {', '.join(left_out)}: the model does not show what they are computed from")
     if out.exists():
         refuse_other(out, _finished_config(out), identity)
         remove_parts(folder)
@@ -225,7 +235,7 @@ def run_identity(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[E
     identity = dataclasses.asdict(config)
     del identity["windows"]  # they are in the statistics
     identity |= {
-        "statistics": list(config.names()),
+        "statistics": list(config.names(unknown_statistics(loaded.model))),
         "n_samples": len(samples),
         "fingerprint": loaded.info.fingerprint,
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),

@@ -16,6 +16,7 @@ from kvtool.capture.reader import selection_key
 from kvtool.capture.store import StoredArray, StoredSample, to_half, to_json
 from kvtool.data.tasks import sample_seed
 from kvtool.errors import DataError
+from kvtool.models import unknown_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded)
     question = encoded.question_ids if config.compress_at == "context" else []
     compressed = encoded.context_ids if config.compress_at == "context" else encoded.prompt_ids
     tokens = probe_tokens(question, answer)
-    prompt = run_prompt(model, compressed, config.names(), config.feature_rows)
+    prompt = run_prompt(model, compressed, config.names(unknown_statistics(model)), config.feature_rows)
     arrays = {
         "prompt_ids": StoredArray(np.asarray(encoded.prompt_ids, dtype=np.int32)),
         "answer_ids": StoredArray(np.asarray(answer, dtype=np.int32)),

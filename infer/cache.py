@@ -21,6 +21,7 @@ from kvtool.errors import ConfigError, KvtoolError, UnsupportedModelError
 from kvtool.infer.kernels import check_kernel, pick_kernel, ragged_attention
 from kvtool.infer.live import Kept, PromptLayer, build_store, choose, clock, observe
 from kvtool.infer.ragged import ROOM, RaggedStore, StoreBytes
+from kvtool.models import rotary
 from kvtool.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
         self.kept: dict[int, list[list[Tensor]]] = {}
         self.compress_s = 0.0
         self._parts = self.policy.method.parts()
+        self._rope = None if model is None else rotary(model)
         self._expected = 0
         self._pads: tuple[int, ...] = ()
         if model is not None:
@@ -226,7 +228,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
     def _take(self, call: AttentionCall) -> None:
         """Hold a layer of the prompt, and compress as soon as the policy's allocator allows."""
         layer = self.layers[call.layer]
-        layer.prompt = observe(call, self._parts.needs())
+        layer.prompt = observe(call, self._parts.needs(), self._rope)
         self._pads = layer.prompt.pads
         self.compress_s += sum(layer.prompt.seconds.values())
         if self.n_layers is not None and self._parts.allocator.layer_local:

@@ -14,6 +14,7 @@ from kvtool.errors import KvtoolError
 from kvtool.infer.cache import CompressedCache
 from kvtool.infer.live import Kept, PromptLayer, choose, clock, observe
 from kvtool.infer.ragged import ROOM
+from kvtool.models import rotary
 from kvtool.policies.base import Policy
 from kvtool.scoring import score_tokens
 
@@ -113,11 +114,11 @@ def prefill(model: Any, ids: Sequence[int], names: Iterable[str], seed: int) -> 
     """
     import torch
 
-    wanted, layers = tuple(names), []
+    wanted, layers, rope = tuple(names), [], rotary(model)
 
     def handler(call: AttentionCall) -> Tensor:
         out = dense_attention(call)
-        layers.append(observe(call, wanted))
+        layers.append(observe(call, wanted, rope))
         return out
 
     prepare(model)  # stays: the caches built from this prompt need it, and others compute what SDPA computes

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from kvtool.errors import ConfigError
 from kvtool.infer.ragged import ROOM, RaggedStore
+from kvtool.models import output_weight
 from kvtool.policies.base import Policy
 from kvtool.policies.select import kept_positions
-from kvtool.policies.statistics import AttentionInputs, compute_statistics
+from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ class PromptLayer:
         return LiveView(self.layer, n_layers, self.n_heads, n_kv_heads, self.lengths[row], seed, self.statistics[row])
 
 
-def observe(call: AttentionCall, names: Iterable[str]) -> PromptLayer:
+def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None) -> PromptLayer:
     """Take what compression needs from the prompt's attention call of one layer.
 
     Parameters
@@ -101,6 +102,8 @@ def observe(call: AttentionCall, names: Iterable[str]) -> PromptLayer:
         Keys and values of the whole prompt.
     names : iterable of str
         Statistics to compute.
+    rope : Rope or None
+        How the model rotates, for statistics that look ahead.
 
     Raises
     ------
@@ -114,7 +117,8 @@ def observe(call: AttentionCall, names: Iterable[str]) -> PromptLayer:
         if layer.compressible(row):
             # Contiguous keys and values, as in capture: the same layout gives the same bits.
             keys, values = (t[row, :, pad:].detach().contiguous() for t in (call.keys, call.values))
-            inputs = AttentionInputs(call.queries[row, :, pad:].detach(), keys, values, call.scaling, call.window)
+            queries, weight = call.queries[row, :, pad:].detach(), output_weight(call.module)
+            inputs = AttentionInputs(queries, keys, values, call.scaling, call.window, rope, weight)
             for name in names:
                 started = clock(call.keys.device)
                 found[name] = compute_statistics(inputs, [name])[name]

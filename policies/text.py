@@ -128,7 +128,7 @@ def check_kernel(name: str, kernel: int) -> None:
         raise ConfigError(f"policy {name!r}: kernel={kernel} is even; an odd kernel keeps scores aligned with positions")
 
 
-def expand_policies(texts: Sequence[str], budgets: Sequence[str]) -> list[Policy]:
+def expand_policies(texts: Sequence[str], budgets: Sequence[str], *, real: bool = False) -> list[Policy]:
     """Read policies; those without a budget are taken at each of `budgets`. Without texts: every registered method.
 
     Parameters
@@ -137,14 +137,21 @@ def expand_policies(texts: Sequence[str], budgets: Sequence[str]) -> list[Policy
         Text forms, with or without a budget.
     budgets : sequence of str
         Text forms of budgets.
+    real : bool
+        For real inference: methods that can only be simulated are refused, or left out of the default.
 
     Returns
     -------
     list of Policy
         Without repetitions, in order.
+
+    Raises
+    ------
+    ConfigError
+        A text that cannot be read, or a policy that cannot run for real.
     """
     policies: dict[Policy, None] = {}
-    for text in texts or list(method_classes()):
+    for text in texts or [name for name, cls in method_classes().items() if not (real and cls.simulate_only)]:
         name, _, rest = text.partition(":")
         has_budget = any(item.partition("=")[0].strip() == "budget" for item in rest.split(","))
         if has_budget or method_class(name.strip()).keeps_all:
@@ -152,4 +159,7 @@ def expand_policies(texts: Sequence[str], budgets: Sequence[str]) -> list[Policy
             continue
         for budget in budgets:
             policies[parse_policy(f"{name}:budget={budget}" + (f",{rest}" if rest else ""))] = None
+    for policy in policies if real else ():
+        if policy.method.simulate_only:
+            raise ConfigError(f"policy {policy}: {policy.method.name!r} looks into the future; only kvtool simulate can run it")
     return list(policies)

@@ -43,7 +43,7 @@ def test_kept_sets_are_equal(
     # A Mistral window wider than the prompt, so that its layers are compressed too.
     changes = {"sliding_window": 400} if architecture == "mistral" else {}
     path, loaded, samples = captured(tmp_path, random_model(architecture, **changes), byte_tokenizer, compress_at)
-    policies = expand_policies((), BUDGETS)
+    policies = expand_policies((), BUDGETS, real=True)
     names = sorted({name for policy in policies for name in policy.method.parts().needs()})
     compared = 0
     with open_capture(path) as capture:
@@ -73,7 +73,7 @@ def test_refined_loss_is_the_loss_of_real_inference(
     # Nothing would be compressible with the fixture's window of 16; at 400 the window is passed on but hides nothing.
     changes = {"sliding_window": 400} if architecture == "mistral" else {}
     path, loaded, samples = captured(tmp_path, random_model(architecture, **changes), byte_tokenizer, compress_at)
-    policies = expand_policies((), BUDGETS)
+    policies = expand_policies((), BUDGETS, real=True)
     config = InferConfig(task="niah", model="toy", n=2, length=240, seed=4, compress_at=compress_at)
     run_infer(config, loaded, samples, policies, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/records.jsonl").read_text().splitlines()]

@@ -74,7 +74,7 @@ def make_samples(n: int, n_context: int = 50, n_question: int = 5, n_answer: int
 class FullPass:
     """One forward of the whole sequence with whole matrices, float64.
 
-    `attention[layer]` is ``[Q, N, N]``, `keys` and `values` ``[H, N, D]``; `factors[layer]` multiplies the attention entry by
+    `attention[layer]` is ``[Q, N, N]``, `queries` ``[Q, N, D]``, `keys` and `values` ``[H, N, D]``; `factors[layer]` multiplies the attention entry by
     entry, so the gradient of any number with respect to it is that number's gain.
     """
 
@@ -83,6 +83,8 @@ class FullPass:
     keys: list[Tensor]
     values: list[Tensor]
     factors: list[Tensor]
+    queries: list[Tensor]
+    scaling: float = 0.0
 
 
 def exact_norms(model: Any) -> Any:
@@ -102,7 +104,7 @@ def full_pass(
 ) -> FullPass:
     """Run a float64 copy of `model` with attention written out literally; `change` may replace the attention of a layer."""
     model = exact_norms(copy.deepcopy(model).double())
-    found = FullPass(torch.empty(0), [], [], [], [])
+    found = FullPass(torch.empty(0), [], [], [], [], [])
 
     def handler(call: AttentionCall) -> Tensor:
         n = call.queries.shape[2]
@@ -119,12 +121,32 @@ def full_pass(
         found.keys.append(call.keys[0].detach())
         found.values.append(call.values[0].detach())
         found.factors.append(factor)
+        found.queries.append(call.queries[0].detach())
+        found.scaling = call.scaling
         used = attention * factor if change is None else change(call.layer, attention)
         return (used @ values)[None]
 
     with attention_handler(model, handler):
         found.logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return found
+
+
+def rotations(model: Any, n: int) -> Tensor:
+    """Return the rotation matrix of every position, float64 ``[n, D, D]``, from what the model's own modules do to unit vectors."""
+    import sys
+
+    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
+    attention = next(m for m in model.modules() if hasattr(m, "layer_idx"))
+    dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    unit = torch.eye(dim)[None, None].expand(1, 1, dim, dim)
+    if rotary is None:
+        return torch.eye(dim, dtype=torch.float64).expand(n, -1, -1)
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    found = []
+    for position in range(n):
+        cos, sin = rotary(unit, torch.full((1, dim), position))
+        found.append(apply(unit, unit, cos, sin)[0][0, 0].T.double())
+    return torch.stack(found)
 
 
 def margin(logits: Tensor, target: int) -> Tensor:

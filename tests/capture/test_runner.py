@@ -11,7 +11,7 @@ from kvtool.capture.prompt_pass import greedy_answer
 from kvtool.capture.reader import open_capture
 from kvtool.capture.runner import CaptureConfig, run_capture
 from kvtool.errors import ConfigError, DataError
-from kvtool.policies.statistics import AttentionInputs, compute_statistics
+from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,8 @@ def test_asked_alone_or_together_a_statistic_is_the_same_to_the_bit():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, 301, 16, generator=generator) for n in (4, 2, 2))
     for window in (None, 37):
-        inputs = AttentionInputs(q, k, v, 0.25, window)
+        rope, weight = Rope(torch.rand(8, generator=generator)), torch.randn(24, 64, generator=generator)
+        inputs = AttentionInputs(q, k, v, 0.25, window, rope, weight)
         names = _config(windows=(8, 32)).names()
         together = compute_statistics(inputs, names)
         for name in names:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from kvtool.errors import ConfigError
 from kvtool.policies import statistics
-from kvtool.policies.statistics import AttentionInputs, compute_statistics, default_statistics
+from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics, default_statistics
 
 Q, H, T, D = 6, 2, 70, 8
 
@@ -16,7 +18,8 @@ Q, H, T, D = 6, 2, 70, 8
 def inputs(window: int | None = None, seq_len: int = T) -> AttentionInputs:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(n, seq_len, D, generator=generator) for n in (Q, H, H))
-    return AttentionInputs(q * 3, k, v, D**-0.5, window)
+    rope = Rope(torch.tensor([1.0, 0.2, 0.05]))
+    return AttentionInputs(q * 3, k, v, D**-0.5, window, rope, torch.randn(12, Q * D, generator=generator))
 
 
 def brute_force(x: AttentionInputs) -> np.ndarray:
@@ -25,6 +28,52 @@ def brute_force(x: AttentionInputs) -> np.ndarray:
     i, j = torch.arange(x.seq_len)[:, None], torch.arange(x.seq_len)[None]
     hidden = (j > i) if x.window is None else (j > i) | (j <= i - x.window)
     return logits.masked_fill(hidden, float("-inf")).softmax(-1).numpy()
+
+
+def entropy(rows: np.ndarray) -> np.ndarray:
+    """Mean over the queries of what the past columns add to the entropy, ``[Q, 1]``."""
+    return -np.where(rows > 0, rows * np.log(np.where(rows > 0, rows, 1)), 0).sum(-1).mean(1, keepdims=True)
+
+
+def rotation(position: int, frequencies: list[float]) -> np.ndarray:
+    """Rotation matrix of a position: dimension i pairs with i + 3, the last two of eight are left alone."""
+    matrix = np.eye(D)
+    for i, f in enumerate(frequencies):
+        a = position * f
+        matrix[i, i] = matrix[i + 3, i + 3] = np.cos(a)
+        matrix[i, i + 3], matrix[i + 3, i] = -np.sin(a), np.sin(a)
+    return matrix
+
+
+def expected_attention(x: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
+    """Mean logit and half its variance, a matrix per position."""
+    assert x.rope is not None
+    frequencies = x.rope.inv_freq.double().tolist()
+    average = np.mean([rotation(T + i, frequencies) for i in range(512)], axis=0)
+    logit, spread = np.zeros((Q, T)), np.zeros((Q, T))
+    for head in range(Q):
+        plain = np.array([rotation(i, frequencies).T @ x.queries[head, i].double().numpy() for i in range(4, T)])
+        keys = x.keys[head // (Q // H)].double().numpy()
+        logit[head] = keys @ (average @ plain.mean(0)) / D**0.5
+        covariance = average @ np.cov(plain.T, bias=True) @ average.T
+        spread[head] = [k @ covariance @ k / (2 * D) for k in keys]
+    return logit, spread
+
+
+def output_norm(x: AttentionInputs) -> np.ndarray:
+    """Mean over the group of the L1 norm of what a value adds to the output."""
+    assert x.output_weight is not None
+    weight, values, found = x.output_weight.double().numpy(), x.values.double().numpy(), np.zeros((H, T))
+    for head in range(Q):
+        group = Q // H
+        found[head // group] += np.abs(weight[:, head * D : (head + 1) * D] @ values[head // group].T).sum(0) / group
+    return found
+
+
+@pytest.mark.parametrize("name", ["expected_logit/512", "output_norm"])
+def test_what_the_tensors_do_not_tell_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="not known here"):
+        compute_statistics(replace(inputs(), rope=None, output_weight=None), [name])
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -44,6 +93,11 @@ def test_equal_brute_force(window: int | None, block_elements: int, monkeypatch:
         "window_mean/16": attention[:, -16:].mean(1),
         "window_var/4": attention[:, -4:].var(1),
         "window_var/16": attention[:, -16:].var(1),
+        **{f"window_max/{w}": attention[:, -w:].max(1) for w in (4, 16)},
+        **{f"window_entropy/{w}": entropy(attention[:, -w:, : T - w]) for w in (4, 16)},
+        **dict(zip(("expected_logit/512", "expected_spread/512"), expected_attention(x), strict=True)),
+        "output_norm": output_norm(x),
+        "value_norm1": np.abs(values).sum(-1),
         "key_norm": np.linalg.norm(keys, axis=-1),
         "value_norm": np.linalg.norm(values, axis=-1),
         "key_similarity": (unit * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1),
