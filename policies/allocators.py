@@ -73,13 +73,13 @@ def _line(n_layers: int, beta: float) -> list[float]:
     return [high - (high - low) * i / (n_layers - 1) for i in range(n_layers)] if n_layers > 1 else [1.0]
 
 
-def pyramid_budgets(capacity: int, seq_len: int, n_layers: int, window: int, beta: float, rule: str) -> list[int]:
+def pyramid_budgets(capacity: float, seq_len: int, n_layers: int, window: int, beta: float, rule: str) -> list[int]:
     """Return the entries per layer, window included, as the official codes compute them.
 
     Parameters
     ----------
-    capacity : int
-        Window included (for ``kvpress``: the entries that its ratio leaves of the prompt).
+    capacity : float
+        Window included; a whole number but for ``kvpress``, which takes the unrounded share of the prompt.
     rule : str
         ``"factory"``, ``"adakv"`` or ``"kvpress"``.
     """
@@ -99,14 +99,14 @@ def pyramid_budgets(capacity: int, seq_len: int, n_layers: int, window: int, bet
     return [min(seq_len, high - layer * step + window) for layer in range(n_layers)]
 
 
-def _pyramid_kvpress(mean: int, seq_len: int, n_layers: int, window: int, beta: float) -> list[int]:
+def _pyramid_kvpress(mean: float, seq_len: int, n_layers: int, window: int, beta: float) -> list[int]:
     low = mean / beta
     high = 2 * mean - low
     if high >= seq_len - window:
         high = float(seq_len - window)
         low = 2 * mean - high
     if not seq_len >= high >= low >= window or n_layers == 1:
-        return [mean] * n_layers
+        return [round(mean)] * n_layers
     step = (high - low) / (n_layers - 1)
     return [round(high - layer * step) for layer in range(n_layers)]
 

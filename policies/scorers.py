@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvtool.policies.base import LayerView, Scorer
-from kvtool.policies.statistics import EXPECTED_SINK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,6 +131,9 @@ class MeanVariance(Scorer):
 class AverageAttention(Scorer):
     """Accumulated attention divided by the number of queries that can see the position."""
 
+    # That number is the distance from the end of a whole prompt, not of what is left of it.
+    decodes: ClassVar[bool] = False
+
     group: Group = "mean"
 
     def needs(self) -> tuple[str, ...]:
@@ -174,27 +176,29 @@ class Expected(Scorer):
     """Attention expected from the queries of the next `future` positions, times the norm of the value."""
 
     future: int
+    sink: int = 4
     covariance: bool = True
     value_norm: bool = True
     epsilon: float = 0.0
 
     def needs(self) -> tuple[str, ...]:
-        spread = (f"expected_spread/{self.future}",) if self.covariance else ()
-        return (f"expected_logit/{self.future}", *spread, *(("value_norm",) if self.value_norm else ()))
+        spread = (f"expected_spread/{self.sink}+{self.future}",) if self.covariance else ()
+        return (f"expected_logit/{self.sink}+{self.future}", *spread, *(("value_norm",) if self.value_norm else ()))
 
     def score(self, view: LayerView) -> Tensor:
         import torch
 
-        logits = view.statistic(f"expected_logit/{self.future}")
+        logits = view.statistic(f"expected_logit/{self.sink}+{self.future}")
         if self.covariance:
-            logits = logits + view.statistic(f"expected_spread/{self.future}")
-        n_sink = min(EXPECTED_SINK, view.seq_len)
+            logits = logits + view.statistic(f"expected_spread/{self.sink}+{self.future}")
+        n_sink = min(self.sink, view.seq_len)
         if n_sink == view.seq_len:
             return torch.ones(view.n_kv_heads, view.seq_len, device=logits.device)
         expected = reduce_group(logits[:, n_sink:].softmax(dim=-1), view.n_kv_heads, "mean")
         if self.value_norm:
             expected = (expected + self.epsilon) * view.statistic("value_norm")[:, n_sink:]
-        return torch.cat([expected.amax() + torch.ones_like(expected[:, :1]).expand(-1, n_sink), expected], dim=-1)
+        sinks = expected.new_full((view.n_kv_heads, n_sink), float(expected.amax()) + 1)
+        return torch.cat([sinks, expected], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)

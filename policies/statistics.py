@@ -7,6 +7,7 @@ so both select the same entries to the bit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,22 +20,27 @@ if TYPE_CHECKING:
 #: Elements of one logits block (Q x B x T floats): 8 MB.
 BLOCK_ELEMENTS = 1 << 21
 
-#: name -> what it is; ``{w}`` is a window size, ``{n}`` a number of future positions
+#: name -> what it is; ``{w}`` is a window size, ``{n}`` a block size, ``{s}+{n}`` first positions left out and future positions
 KINDS = {
     "accumulated": "[Q, T] sum over all prompt queries of the attention to the position",
     "window_mean/{w}": "[Q, T] mean over the last w prompt queries of the attention to the position",
     "window_var/{w}": "[Q, T] population variance over the last w prompt queries of the attention to the position",
     "window_max/{w}": "[Q, T] maximum over the last w prompt queries of the attention to the position",
     "window_entropy/{w}": "[Q, 1] mean over the last w prompt queries of -sum P ln P over the positions before that window",
+    "block_variance/{n}": "[Q, 1] median over blocks of n positions, before the last 32, of the variance of the logits in a block",
     "last": "[Q, T] attention of the last prompt query, = window_mean/1",
     "key_norm": "[H, T] Euclidean norm of the post-RoPE key",
     "value_norm": "[H, T] Euclidean norm of the value",
     "value_norm1": "[H, T] sum of the absolute components of the value",
     "key_similarity": "[H, T] cosine between the key and the mean of all normalised keys of the head",
-    "expected_logit/{n}": "[Q, T] logit of the mean query, rotated to the next n positions on average",
-    "expected_spread/{n}": "[Q, T] half the variance of that logit over the prompt's queries",
+    "expected_logit/{s}+{n}": "[Q, T] logit of the mean query, rotated to the next n positions on average",
+    "expected_spread/{s}+{n}": "[Q, T] half the variance of that logit over the prompt's queries",
     "output_norm": "[H, T] mean over the group of the L1 norm of the value after the head's output projection",
 }
+
+#: Queries whose logits ``block_variance`` looks at, and its block sizes in a capture; the last is one block for everything.
+VARIANCE_QUERIES = 32
+VARIANCE_BLOCKS = (16, 32, 64, 128, 256, 1 << 30)
 
 #: Known to some views only, never captured: what the tensors' owner says, and the future of a captured prompt.
 SPECIAL = {
@@ -46,15 +52,12 @@ SPECIAL = {
 NEEDS_ROPE = ("expected_logit", "expected_spread")
 NEEDS_OUTPUT_WEIGHT = ("output_norm",)
 
-#: First positions whose queries Expected Attention leaves out (arXiv 2510.00636).
-EXPECTED_SINK = 4
-
-#: Positions ahead that Expected Attention averages over by default.
-EXPECTED_FUTURE = 512
+#: What Expected Attention (arXiv 2510.00636) does by default: first positions whose queries are left out, positions ahead.
+EXPECTED_SINK, EXPECTED_FUTURE = 4, 512
 
 
 def parse_statistic(name: str) -> tuple[str, int]:
-    """Split ``"window_mean/32"`` into ``("window_mean", 32)``; the number is 0 for statistics without a window.
+    """Split ``"window_mean/32"`` into ``("window_mean", 32)``; the number is 0 for statistics without one.
 
     Raises
     ------
@@ -65,17 +68,19 @@ def parse_statistic(name: str) -> tuple[str, int]:
         hint = "add heads=FILE (kvtool classify makes one)" if name == "head_scores" else "only kvtool simulate can run it"
         raise ConfigError(f"the policy needs {name!r}, which is not there: {hint}")
     kind, _, number = name.partition("/")
-    known = {k.partition("/")[0]: "/" in k for k in KINDS}
-    if kind not in known or known[kind] != number.isdigit() or (number and int(number) < 1):
+    forms = {k.partition("/")[0]: k.partition("/")[2] for k in KINDS}
+    pattern = {"": "", "{s}+{n}": r"\d+\+[1-9]\d*"}.get(forms.get(kind, ""), r"[1-9]\d*")
+    if kind not in forms or not re.fullmatch(pattern, number):
         raise ConfigError(f"unknown statistic {name!r}; there are {', '.join(KINDS)}")
-    return kind, int(number or 0)
+    return kind, int(number.rpartition("+")[2] or 0)
 
 
 def default_statistics(windows: Iterable[int] = (16, 32, 64)) -> tuple[str, ...]:
     """Return the names of all statistics, with the window menu `windows`."""
     plain = tuple(k for k in KINDS if "/" not in k)
     kinds = [k.removesuffix("/{w}") for k in KINDS if k.endswith("/{w}")]
-    expected = tuple(f"{kind}/{EXPECTED_FUTURE}" for kind in NEEDS_ROPE)
+    expected = tuple(f"{kind}/{EXPECTED_SINK}+{EXPECTED_FUTURE}" for kind in NEEDS_ROPE)
+    expected += tuple(f"block_variance/{n}" for n in VARIANCE_BLOCKS)
     return plain + expected + tuple(f"{kind}/{w}" for w in sorted(set(windows)) for kind in kinds)
 
 
@@ -190,10 +195,13 @@ def compute_statistics(inputs: AttentionInputs, names: Iterable[str]) -> dict[st
         rows = attention_rows(inputs, max(0, inputs.seq_len - window), inputs.seq_len)
         for name, (kind, w) in wanted.items():
             if (kind == "last" and window == 1) or (_is_window(kind) and w == window):
-                result[name] = _window_statistic(kind, rows)
+                result[name] = window_statistic(kind, rows)
     for name, (kind, number) in wanted.items():
         if kind in NEEDS_ROPE:
-            result[name] = expected_attention(inputs, kind, number)
+            n_sink = int(name.partition("/")[2].partition("+")[0])
+            result[name] = expected_attention(inputs, kind, n_sink, number)
+        elif kind == "block_variance":
+            result[name] = block_variance(inputs, number)
         elif name not in result:
             result[name] = _plain_statistic(inputs, kind)
     return {name: result[name] for name in wanted}
@@ -203,8 +211,8 @@ def _is_window(kind: str) -> bool:
     return kind.startswith("window_")
 
 
-def _window_statistic(kind: str, rows: Tensor) -> Tensor:
-    """Reduce the attention rows ``[Q, w, T]`` of the last queries."""
+def window_statistic(kind: str, rows: Tensor) -> Tensor:
+    """Reduce the attention rows ``[Q, w, T]`` of the last queries to ``[Q, T]`` (the entropy: to ``[Q, 1]``)."""
     if kind == "last":
         return rows[:, -1].clone()
     if kind == "window_mean":
@@ -236,6 +244,32 @@ def _plain_statistic(inputs: AttentionInputs, kind: str) -> Tensor:
     return torch.nn.functional.cosine_similarity(keys, unit.mean(dim=1, keepdim=True), dim=-1)
 
 
+def block_variance(inputs: AttentionInputs, block: int) -> Tensor:
+    """Return how much logits differ within blocks of consecutive positions, float32 ``[Q, 1]``, in squared nats.
+
+    Per block the population variance over its positions, mean over the last queries; then the median over blocks, so that
+    a sink or a few strong entries, which a policy keeps anyway, do not count. A short block at the end counts only if it is
+    the only one. To second order half of it is the log of the softmax mass that a mean representative with a count bias lacks.
+    """
+    import torch
+
+    seq_len, n_kv = inputs.seq_len, inputs.keys.shape[0]
+    n_queries = min(VARIANCE_QUERIES, seq_len)
+    n_past = seq_len - n_queries
+    if n_past == 0:
+        return inputs.queries.new_zeros(inputs.n_heads, 1, dtype=torch.float32)
+    block = min(block, n_past)
+    n_blocks = n_past // block
+    queries = inputs.queries[:, seq_len - n_queries :].float() * inputs.scaling
+    keys = inputs.keys[:, : n_blocks * block].float()
+    # Centred keys first: the variance is that of the centred logits, and nothing cancels.
+    centred = keys.view(n_kv, n_blocks, block, -1)
+    centred = (centred - centred.mean(dim=2, keepdim=True)).view(n_kv, n_blocks * block, -1)
+    logits = torch.bmm(queries.reshape(n_kv, -1, queries.shape[-1]), centred.transpose(1, 2))
+    within = logits.view(inputs.n_heads, n_queries, n_blocks, block).square().mean(dim=(1, 3))
+    return within.quantile(0.5, dim=1, keepdim=True) if n_blocks > 1 else within
+
+
 def output_norm(inputs: AttentionInputs) -> Tensor:
     """Return ``mean over the group of ||W_o^h v_j||_1``, float32 ``[H, T]`` (CriticalKV, arXiv 2502.03805).
 
@@ -262,11 +296,11 @@ def output_norm(inputs: AttentionInputs) -> Tensor:
     return torch.stack(norms)
 
 
-def expected_attention(inputs: AttentionInputs, kind: str, n_future: int) -> Tensor:
+def expected_attention(inputs: AttentionInputs, kind: str, n_sink: int, n_future: int) -> Tensor:
     """Return mean logit or half its variance for queries of the next `n_future` positions, float32 ``[Q, T]``.
 
-    Expected Attention (arXiv 2510.00636): the prompt's unrotated queries give mean and covariance per head; both are
-    turned by the average rotation of the positions ``T ... T + n_future - 1``.
+    Expected Attention (arXiv 2510.00636): the prompt's unrotated queries from position `n_sink` on give mean and covariance per
+    head; both are turned by the average rotation of the positions ``T ... T + n_future - 1``.
 
     Raises
     ------
@@ -278,7 +312,7 @@ def expected_attention(inputs: AttentionInputs, kind: str, n_future: int) -> Ten
     if inputs.rope is None:
         raise ConfigError("expected attention needs the model's rotary embedding, which is not known here; give rope=")
     seq_len, rope = inputs.seq_len, inputs.rope
-    first = EXPECTED_SINK if seq_len > EXPECTED_SINK else 0
+    first = n_sink if seq_len > n_sink else 0
     where = torch.arange(first, seq_len, device=inputs.queries.device)
     queries = rope.rotate(inputs.queries[:, first:].float(), where, sign=-1.0)
     mean = queries.mean(dim=1)

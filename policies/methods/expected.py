@@ -18,10 +18,11 @@ class ExpectedAttention(Method):
 
     Expected Attention, arXiv 2510.00636, as in NVIDIA kvpress: future queries are taken to be normal with the mean and
     covariance of the prompt's unrotated queries, turned by the average rotation of the next `future` positions. Needs to
-    know how the model rotates; the first 4 positions are always kept.
+    know how the model rotates. The first `sink` positions are always kept and their queries left out.
     """
 
     future: int = EXPECTED_FUTURE
+    sink: int = EXPECTED_SINK
     covariance: bool = True
     value_norm: bool = True
     epsilon: float = 0.0
@@ -37,8 +38,9 @@ class ExpectedAttention(Method):
     def __post_init__(self) -> None:
         check_range(self.name, "future", self.future, 1)
         check_range(self.name, "epsilon", self.epsilon, 0)
-        check_range(self.name, "window", self.window, 0)
+        for key in ("window", "sink"):
+            check_range(self.name, key, getattr(self, key), 0)
 
     def parts(self) -> Parts:
-        scorer = Expected(self.future, self.covariance, self.value_norm, self.epsilon)
-        return Parts(scorer, Uniform(), Selector(EXPECTED_SINK, self.window))
+        scorer = Expected(self.future, self.sink, self.covariance, self.value_norm, self.epsilon)
+        return Parts(scorer, Uniform(), Selector(self.sink, self.window))

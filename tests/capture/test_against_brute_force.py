@@ -26,25 +26,36 @@ def _literal_statistic(name, layer, found, n, model):
     kind, _, number = name.partition("/")
     attention, keys, values = (x[layer][:, :n] for x in (found.attention, found.keys, found.values))
     attention = attention[:, :, :n]
-    rows = attention[:, -int(number or 1) :]
+    number = int(number.rpartition("+")[2] or 1)
+    rows = attention[:, -number:]
     unit = keys / keys.norm(dim=-1, keepdim=True)
     mean = unit.mean(dim=1, keepdim=True)
-    past = rows[:, :, : max(0, n - int(number or 1))]
+    past = rows[:, :, : max(0, n - number)]
     return {
         "accumulated": lambda: attention.sum(1),
         "window_mean": lambda: rows.mean(1),
         "window_var": lambda: ((rows - rows.mean(1, keepdim=True)) ** 2).mean(1),
         "window_max": lambda: rows.max(1).values,
         "window_entropy": lambda: -torch.xlogy(past, past).sum(-1).mean(1, keepdim=True),
+        "block_variance": lambda: _literal_block_variance(found.queries[layer][:, :n], keys, number, found.scaling),
         "last": lambda: attention[:, -1],
         "key_norm": lambda: keys.pow(2).sum(-1).sqrt(),
         "value_norm": lambda: values.pow(2).sum(-1).sqrt(),
         "value_norm1": lambda: values.abs().sum(-1),
         "key_similarity": lambda: (keys * mean).sum(-1) / (keys.norm(dim=-1) * mean.norm(dim=-1)),
-        "expected_logit": lambda: _literal_expected(found, layer, n, model, int(number))[0],
-        "expected_spread": lambda: _literal_expected(found, layer, n, model, int(number))[1],
+        "expected_logit": lambda: _literal_expected(found, layer, n, model, number)[0],
+        "expected_spread": lambda: _literal_expected(found, layer, n, model, number)[1],
         "output_norm": lambda: _literal_output_norm(values, layer, model),
     }[kind]()
+
+
+def _literal_block_variance(queries, keys, block, scaling):
+    """Median over blocks of the variance over a block's positions of the logits, mean over the last 32 queries."""
+    n_past = keys.shape[1] - 32
+    logits = queries[:, -32:] @ keys.repeat_interleave(len(queries) // len(keys), 0).transpose(1, 2) * scaling
+    size = min(block, n_past)
+    blocks = [logits[:, :, i : i + size].var(dim=2, correction=0).mean(1) for i in range(0, n_past - size + 1, size)]
+    return torch.stack(blocks, 1).quantile(0.5, dim=1, keepdim=True)
 
 
 def _literal_expected(found, layer, n, model, n_future):

@@ -60,6 +60,17 @@ def expected_attention(x: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
     return logit, spread
 
 
+def block_variance(x: AttentionInputs, block: int) -> np.ndarray:
+    """Median over whole blocks before the last 32 queries of the mean over those queries of the variance, ``[Q, 1]``."""
+    n_past, found = T - 32, np.zeros((Q, 1))
+    for head in range(Q):
+        logits = (x.queries[head].double() @ x.keys[head // (Q // H)].double().T / D**0.5).numpy()
+        size = min(block, n_past)
+        blocks = [logits[-32:, i : i + size].var(axis=1).mean() for i in range(0, n_past - size + 1, size)]
+        found[head] = np.median(blocks)
+    return found
+
+
 def output_norm(x: AttentionInputs) -> np.ndarray:
     """Mean over the group of the L1 norm of what a value adds to the output."""
     assert x.output_weight is not None
@@ -70,7 +81,7 @@ def output_norm(x: AttentionInputs) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("name", ["expected_logit/512", "output_norm"])
+@pytest.mark.parametrize("name", ["expected_logit/4+512", "output_norm"])
 def test_what_the_tensors_do_not_tell_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not known here"):
         compute_statistics(replace(inputs(), rope=None, output_weight=None), [name])
@@ -95,7 +106,8 @@ def test_equal_brute_force(window: int | None, block_elements: int, monkeypatch:
         "window_var/16": attention[:, -16:].var(1),
         **{f"window_max/{w}": attention[:, -w:].max(1) for w in (4, 16)},
         **{f"window_entropy/{w}": entropy(attention[:, -w:, : T - w]) for w in (4, 16)},
-        **dict(zip(("expected_logit/512", "expected_spread/512"), expected_attention(x), strict=True)),
+        **dict(zip(("expected_logit/4+512", "expected_spread/4+512"), expected_attention(x), strict=True)),
+        **{f"block_variance/{n}": block_variance(x, n) for n in statistics.VARIANCE_BLOCKS},
         "output_norm": output_norm(x),
         "value_norm1": np.abs(values).sum(-1),
         "key_norm": np.linalg.norm(keys, axis=-1),
@@ -105,6 +117,12 @@ def test_equal_brute_force(window: int | None, block_elements: int, monkeypatch:
     assert got.keys() == expected.keys()
     for name, want in expected.items():
         np.testing.assert_allclose(got[name], want, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def test_block_variance_of_prompts_within_the_last_queries_is_nothing() -> None:
+    assert compute_statistics(inputs(seq_len=32), ["block_variance/4"])["block_variance/4"].tolist() == [[0.0]] * Q
+    some = compute_statistics(inputs(seq_len=35), ["block_variance/2"])["block_variance/2"]
+    assert (some > 0).all()
 
 
 def test_a_window_longer_than_the_prompt_uses_all_of_it() -> None:
