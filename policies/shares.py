@@ -62,7 +62,7 @@ def _round(parts: np.ndarray, total: int, room: int, low: int) -> list[int]:
     # Sums of floats miss whole numbers by a hair: such parts count as whole.
     whole = np.minimum(np.floor(parts + 1e-9).astype(np.int64), room)
     missing = total - int(whole.sum())
-    order = np.argsort(-(parts - whole), kind="stable")
+    order = np.argsort(-np.round(parts - whole, 9), kind="stable")
     for step in (1, -1):
         while missing * step > 0:
             for i in order if step > 0 else order[::-1]:

@@ -79,6 +79,95 @@ def test_snapkv(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], pool: 
         assert result == expected | set(range(n_past, T))
 
 
+def pooled(raw: list[float], kernel: int, how: str) -> list[float]:
+    near = [[raw[x] for x in range(j - kernel // 2, j + kernel // 2 + 1) if 0 <= x < len(raw)] for j in range(len(raw))]
+    return [max(values) if how == "max" else sum(values) / kernel for values in near]
+
+
+def test_defensive(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Worst case over window and group, at least its mean; half by that, half by that times the projected value."""
+    q, k, v = tensors
+    attention, window, kernel, budget = attention_matrix(q, k), 8, 5, 20
+    weight = torch.randn(12, Q * D, generator=torch.Generator().manual_seed(9))
+    text = f"defensive:budget={budget},window={window},kernel={kernel},adaptive=false"
+    kept = select(text, [q], [k], [v], output_weights=[weight])[0]
+    n_past = T - window
+    for h in range(H):
+        worst = [max(attention[g, i, j] for g in (2 * h, 2 * h + 1) for i in range(n_past, T)) for j in range(n_past)]
+        floor = sum(worst) / n_past
+        first = pooled([max(x, floor) for x in worst], kernel, "avg")
+        norms = []
+        for j in range(n_past):
+            value = v[h, j].double().numpy()
+            heads = [weight[:, g * D : (g + 1) * D].double().numpy() @ value for g in (2 * h, 2 * h + 1)]
+            norms.append(sum(float(np.abs(x).sum()) for x in heads) / 2)
+        safe = top(first, budget // 2 - window)
+        second = [(s + 1e-4) * n if j not in safe else -1.0 for j, (s, n) in enumerate(zip(first, norms, strict=True))]
+        assert set(kept[h].tolist()) == safe | top(second, budget // 2) | set(range(n_past, T))
+
+
+def test_lava(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Two layers, the second with sharper attention: layer totals by entropy, heads by one top-k."""
+    q, k, v = tensors
+    layers = [(q, k, v), (q * 3, k, v.flip(0) * 2)]
+    window, kernel, budget, n_past = 8, 7, 20, T - 8
+    scores = []
+    for queries, keys, values in layers:
+        attention, heads = attention_matrix(queries, keys), []
+        for h in range(H):
+            mean = [
+                [float(np.mean([attention[g, i, j] for i in range(n_past, T)])) for j in range(n_past)]
+                for g in (2 * h, 2 * h + 1)
+            ]
+            largest = max(float(values[h, j].abs().sum()) for j in range(n_past))
+            both = [pooled(row, kernel, "max") for row in mean]
+            heads.append([max(a, b) * largest for a, b in zip(*both, strict=True)])
+        scores.append(heads)
+    weights = []
+    for heads in scores:
+        flat = [x / sum(sum(row) for row in heads) for row in heads for x in row]
+        weights.append(-sum(x * math.log(x) for x in flat) / math.log(len(flat)))
+    kept = select(f"lava:budget={budget},window={window},kernel={kernel}", *(list(x) for x in zip(*layers, strict=True)))
+    free = 2 * H * (budget - window)
+    totals = [free * w / sum(weights) for w in weights]
+    for layer, heads in enumerate(kept):
+        n_won = sum(len(p) for p in heads) - H * window
+        assert abs(n_won - totals[layer]) <= 1
+        ranked = sorted(((-s, h, j) for h, row in enumerate(scores[layer]) for j, s in enumerate(row)))[:n_won]
+        for h, positions in enumerate(heads):
+            won = sum(1 for _, head, _ in ranked if head == h)
+            assert len(positions) == won + window
+            want = top(scores[layer][h], won) | set(range(n_past, T))
+            # Plateaus of max pooling: compare the scores of what is kept.
+            both = [sorted(scores[layer][h][j] for j in s if j < n_past) for s in (set(positions.tolist()), want)]
+            np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def test_pyramid_is_a_line_with_the_exact_total() -> None:
+    zeros = torch.zeros(1, 200, D)
+    kept = select("pyramidkv:budget=50,window=8,beta=10", [zeros] * 5, [zeros] * 5, [zeros] * 5)
+    lengths = [len(heads[0]) for heads in kept]
+    # 42 free entries a layer: weights 1.9, 1.45, 1, 0.55, 0.1 of them, and the window of 8.
+    assert lengths == [88, 69, 50, 31, 12]
+
+
+def test_cake_shares_by_preference(tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Dispersion times shift, from the definition in float64; shares of the free entries."""
+    q, k, v = tensors
+    layers, window, n_past = [(q, k, v), (q * 2, k, v), (q * 0.5, k, v)], 8, T - 8
+    preferences = []
+    for queries, keys, _ in layers:
+        past = attention_matrix(queries, keys)[:, n_past:, :n_past]
+        entropy = -sum(x * math.log(x) for x in past.flatten())
+        preferences.append(entropy**0.5 * float(past.var(axis=1, ddof=1).sum()) ** 2)
+    kept = select(f"cake:budget=20,window={window},tau1=2,tau2=0.5", *(list(x) for x in zip(*layers, strict=True)))
+    quotas = [3 * 12 * p / sum(preferences) for p in preferences]
+    assert max(quotas) < n_past
+    for heads, quota in zip(kept, quotas, strict=True):
+        assert all(abs(len(positions) - window - quota) < 1 for positions in heads)
+    assert sum(len(heads[0]) for heads in kept) == 60
+
+
 def test_random_is_uniform_over_the_free_positions() -> None:
     """Each free position is kept with the same probability: chi-square over 400 samples, far below rejection at 1e-4."""
     from scipy.stats import chi2
