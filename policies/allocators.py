@@ -215,6 +215,16 @@ class Cake(Allocator):
             per_layer = [max(n, min(request.minimum, seq_len)) for n in per_layer]
         return [[n] * n_heads for n in per_layer]
 
+    def stage_budgets(self, views: Sequence[LayerView], request: Request, n_layers: int) -> list[list[int]]:
+        """Return what the first ``len(views)`` of `n_layers` layers may hold, by what is known of them: a stage of the cascade.
+
+        A layer's kept entries after the last stage are the best by the smallest of its budgets, as `allocate` gives them.
+        """
+        preferences = layer_preferences(views, self.window, self.tau1, self.tau2)
+        per_layer = stage_entries(preferences, request.budget, views[0].seq_len, self.window, n_layers, self.rule)
+        least = min(request.minimum, views[0].seq_len)
+        return [[max(n, least)] * views[0].n_kv_heads for n in per_layer]
+
 
 def cake_stage(preferences: Sequence[float], total: int, cap: int) -> list[int]:
     """Return past budgets of the layers known so far, as CAKE's official code rounds them (``adjust_budgets``).
@@ -259,22 +269,27 @@ def cake_budgets(
     cascade : bool
         The smallest budget of all stages stands, as what was cut is gone.
     """
-    cap = max(0, seq_len - window)
-    total = max(0, capacity - window) * n_layers
-    if rule == "official" and seq_len <= capacity + window:
-        return [seq_len] * n_layers
-
-    def stage(known: int) -> list[int]:
-        if rule == "official":
-            return [min(b, cap) for b in cake_stage(preferences[:known], total, cap)]
-        return share(min(total, cap * known), preferences[:known], 0, cap)
-
-    left = stage(n_layers)
+    left = stage_entries(preferences, capacity, seq_len, window, n_layers, rule)
     if cascade:
         for known in range(1, n_layers):
-            for layer, budget in enumerate(stage(known)):
-                left[layer] = min(left[layer], budget)
-    return [min(seq_len, budget + window) for budget in left]
+            for layer, entries in enumerate(stage_entries(preferences[:known], capacity, seq_len, window, n_layers, rule)):
+                left[layer] = min(left[layer], entries)
+    return left
+
+
+def stage_entries(
+    preferences: Sequence[float], capacity: int, seq_len: int, window: int, n_layers: int, rule: str
+) -> list[int]:
+    """Return the entries of the layers known so far, window included; parameters as `cake_budgets`."""
+    known, cap = len(preferences), max(0, seq_len - window)
+    total = max(0, capacity - window) * n_layers
+    if rule == "official":
+        if seq_len <= capacity + window:
+            return [seq_len] * known
+        past = [min(b, cap) for b in cake_stage(preferences, total, cap)]
+    else:
+        past = share(min(total, cap * known), preferences, 0, cap)
+    return [min(seq_len, budget + window) for budget in past]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,10 @@ class Row:
     shortlisted : bool
     refined : dict or None
         Figures of the masked forward, see `kvtool.simulate.refine`.
+    yardstick : bool
+        No real run can have it (``oracle``): never ranked, shortlisted or refined.
+    note : str or None
+        What the predicted figures leave out, from the first sample that says so.
     """
 
     policy: str
@@ -74,6 +78,8 @@ class Row:
     pareto: bool = False
     shortlisted: bool = False
     refined: dict[str, Any] | None = None
+    yardstick: bool = False
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -107,20 +113,20 @@ def rank_rows(
     Returns
     -------
     list of Row
-        By retention, then rank; impossible configurations last within their budget.
+        By retention, then rank; yardsticks first and impossible configurations last within their budget.
     """
     # Two bytes for each number of a key and of a value, in all KV heads of the sample's compressible layers.
     entry_bytes = 2 * 2 * info.head_dim * info.n_kv_heads * np.asarray(n_compressible)
     rows = [_row(policy, [sample[i] for sample in predictions], entry_bytes, weights) for i, policy in enumerate(policies)]
     budgets: dict[str | None, list[Row]] = {}
     for row in rows:
-        if row.status == "ok":
+        if row.status == "ok" and not row.yardstick:
             budgets.setdefault(row.budget, []).append(row)
     for group in budgets.values():
         harms = np.asarray([row.harm for row in group], dtype=np.float64)
         for row, harm in zip(group, harms, strict=True):
             row.rank = int((harms < harm).sum()) + 1
-    able = [row for row in rows if row.status == "ok"]
+    able = [row for row in rows if row.status == "ok" and not row.yardstick]
     front = pareto_front(np.asarray([row.retention for row in able]), np.asarray([row.harm for row in able], dtype=np.float64))
     for row, on_front in zip(able, front, strict=True):
         row.pareto = bool(on_front)
@@ -139,7 +145,9 @@ def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray
         status="impossible" if message else "ok",
         message=message,
         degenerate=any(p.degenerate for p in predictions),
+        yardstick=policy.method.simulate_only,
         kv_bytes_fp16=round(float((entries * entry_bytes).mean())),
+        note=next((p.note for p in predictions if p.note), None),
     )
     if not message:
         harm = np.asarray([p.harm for p in predictions], dtype=np.float64)

@@ -14,7 +14,7 @@ import numpy as np
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, config_hash, open_run, read_records, write_text
 from kvtool.policies import Policy, expand_policies, refuse_impossible
-from kvtool.progress import track
+from kvtool.progress import say, track
 from kvtool.simulate.evaluate import Prediction, evaluate_sample
 from kvtool.simulate.rank import Row, rank_rows, resample_weights
 
@@ -88,7 +88,11 @@ class SimulateSummary:
             if places[row.budget] > SHOWN and row.status == "ok" and not row.shortlisted:
                 continue
             interval = "-" if row.harm is None else f"{row.harm_low:.2f}-{row.harm_high:.2f}"
-            notes = [name for name, on in (("Pareto", row.pareto), ("degenerate", row.degenerate)) if on]
+            notes = [
+                name
+                for name, on in (("Pareto", row.pareto), ("degenerate", row.degenerate), ("yardstick", row.yardstick))
+                if on
+            ]
             notes += [row.status] if row.status != "ok" else []
             notes += [f"refined nll {row.refined['nll']:.3f}"] if row.refined else []
             mark = "*" if row.shortlisted else ""
@@ -138,6 +142,8 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
             raise DataError(f"capture {config.capture} holds no complete sample; run the capture again, it continues")
         if config.refine and loaded is not None:
             capture.check_model(loaded.info)
+        if not config.policies:
+            policies = _servable(capture, policies)
         refuse_impossible(policies, [sample.seq_len for sample in capture.samples])
         _check_statistics(capture, policies)
         identity = run_identity(config, capture, policies)
@@ -173,9 +179,22 @@ def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Po
     }
 
 
+def _servable(capture: Capture, policies: Sequence[Policy]) -> list[Policy]:
+    """Leave out of the default what this capture cannot serve, and say so; what was asked for by name is refused instead."""
+    lacking: dict[str, str] = {}
+    for policy in policies:
+        try:
+            _check_statistics(capture, [policy])
+        except (DataError, ConfigError) as error:
+            lacking.setdefault(policy.method.name, str(error))
+    if lacking:
+        say(f"simulate: without {', '.join(lacking)}: {next(iter(lacking.values()))}")
+    return [policy for policy in policies if policy.method.name not in lacking]
+
+
 def _check_statistics(capture: Capture, policies: Sequence[Policy]) -> None:
     """Refuse what the file cannot serve before a folder is claimed: the mended request may then use the same folder."""
-    for name in sorted({name for policy in policies for name in policy.method.parts().needs()}):
+    for name in sorted({name for policy in policies for name in policy.needs()}):
         capture.samples[0].selection(name, 0)
 
 
@@ -198,7 +217,7 @@ def _predict(capture: Capture, policies: Sequence[Policy], path: Path) -> list[l
 
 def choose_for_refinement(rows: Sequence[Row], n: int) -> list[Row]:
     """Return the best `n` configurations, taken from every budget in turn by rank."""
-    able = [row for row in rows if row.status == "ok" and row.budget is not None]
+    able = [row for row in rows if row.status == "ok" and row.budget is not None and not row.yardstick]
     place: dict[str | None, int] = {}
     keyed = []
     for row in sorted(able, key=lambda row: (row.rank or 0, row.policy)):

@@ -37,6 +37,7 @@ def make_shortlist(rows: Sequence[Row], weights: NDArray[np.float64]) -> list[di
         Bootstrap weights over samples, the same for all rows: differences are paired.
     """
     entries = []
+    rows = [row for row in rows if not row.yardstick]
     budgets = dict.fromkeys(row.budget for row in rows if row.status == "ok" and row.budget is not None)
     for budget in budgets:
         group = sorted((r for r in rows if r.budget == budget and r.status == "ok"), key=lambda r: (r.rank or 0, r.policy))

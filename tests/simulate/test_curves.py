@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from kvtool.capture.reader import open_capture
 from kvtool.models import LoadedModel
 from kvtool.policies import Policy, expand_policies, kept_positions
-from kvtool.policies.base import Allocator, LayerView, Parts
+from kvtool.policies.base import Allocator, LayerView, Parts, Request
 from kvtool.policies.budget import Budget
 from kvtool.policies.methods.snapkv import SnapKV
 from kvtool.simulate.curves import curves, probe_table
@@ -92,9 +93,9 @@ def test_full_budget_costs_nothing_on_a_capture(llama_capture: tuple[Path, Loade
 class Slanted(Allocator):
     """Later layers and heads get more; the mean stays."""
 
-    def allocate(self, views: Sequence[LayerView], budget: int, minimum: int) -> list[list[int]]:
+    def allocate(self, views: Sequence[LayerView], scores: Sequence[torch.Tensor], request: Request) -> list[list[int]]:
         n_heads = len(views) * views[0].n_kv_heads
-        flat = [budget + 2 * k - (n_heads - 1) for k in range(n_heads)]
+        flat = [request.budget + 2 * k - (n_heads - 1) for k in range(n_heads)]
         return [flat[i * views[0].n_kv_heads :][: views[0].n_kv_heads] for i in range(len(views))]
 
 
