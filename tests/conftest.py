@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,3 +57,46 @@ def byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def toy_heads(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a ``heads.json`` with random scores, kinds and confidences for a model of the given shape; returns its path."""
+    import json
+
+    import numpy as np
+
+    from kvtool.classify.kinds import KINDS
+
+    def build(n_layers: int, n_heads: int, n_kv_heads: int, fingerprint: str = "toy") -> Path:
+        rng = np.random.default_rng(3)
+
+        def table(n: int) -> list[dict[str, Any]]:
+            return [
+                {
+                    "layer": layer,
+                    "head": head,
+                    "kind": str(rng.choice(KINDS)),
+                    "confidence": float(rng.random()),
+                    "unsure": False,
+                    "importance": float(rng.random()),
+                    "retrieval": float(rng.random()),
+                }
+                for layer in range(n_layers)
+                for head in range(n)
+            ]
+
+        value = {
+            "schema": "kvtool.heads/1",
+            "model": {"model_id": "toy", "fingerprint": fingerprint},
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "heads": table(n_heads),
+            "kv_heads": table(n_kv_heads),
+        }
+        path = tmp_path_factory.mktemp("heads") / "heads.json"
+        path.write_text(json.dumps(value))
+        return path
+
+    return build

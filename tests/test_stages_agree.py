@@ -18,11 +18,33 @@ from kvtool.infer.cache import CompressedCache
 from kvtool.infer.generate import prefill
 from kvtool.infer.runner import InferConfig, run_infer
 from kvtool.models import LoadedModel
-from kvtool.policies import expand_policies, kept_positions
+from kvtool.policies import Policy, expand_policies, kept_positions
 from kvtool.simulate.refine import refine_sample
 
+#: Every compensation, on methods with uniform budgets and with budgets per head.
+COMPENSATED = [
+    "snapkv:budget={},compensate=slots,block=16",
+    "snapkv:budget={},compensate=mean,block=16",
+    "snapkv:budget={},compensate=mean,bias=none,block=16",
+    "snapkv:budget={},compensate=mean,block=full",
+    "adakv:budget={},compensate=weighted,block=32",
+    "adakv:budget={},compensate=weighted,block=16,bias=count,gate=0.5",
+    "streaming:budget={},compensate=mean,block=16,gate=0.5",
+    "window:budget={},compensate=merge",
+    "adakv:budget={},compensate=merge,merge=weighted,bias=entropy",
+    "snapkv:budget={},compensate=merge,merge=values",
+    "snapkv:budget={},compensate=merge,merge=d2o,bias=count",
+    "adakv:budget={},compensate=merge,merge=d2o",
+    "streaming:budget={},compensate=merge,merge=cam",
+    "adakv:budget={},compensate=refit",
+    "streaming:budget={},compensate=refit,ridge=0.5",
+]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "opt", "gpt_neox")
 BUDGETS = ["40%", "65%"]
+
+
+def compensated() -> list[Policy]:
+    return [Policy.parse(text.format("40%")) for text in COMPENSATED]
 
 
 def captured(
@@ -43,8 +65,8 @@ def test_kept_sets_are_equal(
     # A Mistral window wider than the prompt, so that its layers are compressed too.
     changes = {"sliding_window": 400} if architecture == "mistral" else {}
     path, loaded, samples = captured(tmp_path, random_model(architecture, **changes), byte_tokenizer, compress_at)
-    policies = expand_policies((), BUDGETS, real=True)
-    names = sorted({name for policy in policies for name in policy.method.parts().needs()})
+    policies = [*expand_policies((), BUDGETS, real=True), *compensated()]
+    names = sorted({name for policy in policies for name in policy.needs()})
     compared = 0
     with open_capture(path) as capture:
         for sample, encoded in zip(capture.samples, samples, strict=True):
@@ -70,10 +92,10 @@ def test_kept_sets_are_equal(
 def test_refined_loss_is_the_loss_of_real_inference(
     architecture: str, compress_at: Any, tmp_path: Path, random_model: Callable[..., Any], byte_tokenizer: Any
 ) -> None:
-    # Nothing would be compressible with the fixture's window of 16; at 400 the window is passed on but hides nothing.
-    changes = {"sliding_window": 400} if architecture == "mistral" else {}
+    # Nothing would be compressible with the fixture's window of 16; at 245 it hides the prompt's first entries from answers.
+    changes = {"sliding_window": 245} if architecture == "mistral" else {}
     path, loaded, samples = captured(tmp_path, random_model(architecture, **changes), byte_tokenizer, compress_at)
-    policies = expand_policies((), BUDGETS, real=True)
+    policies = [*expand_policies((), BUDGETS, real=True), *compensated()]
     config = InferConfig(task="niah", model="toy", n=2, length=240, seed=4, compress_at=compress_at)
     run_infer(config, loaded, samples, policies, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/records.jsonl").read_text().splitlines()]

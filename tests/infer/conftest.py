@@ -15,7 +15,7 @@ from kvtool.attention import AttentionCall, attention_handler
 from kvtool.data.tasks import Encoded, Sample
 from kvtool.models import LoadedModel, describe
 from kvtool.policies import Budget, Method, Policy, method_classes
-from kvtool.policies.base import Allocator, LayerView, Parts, Selector
+from kvtool.policies.base import Allocator, LayerView, Parts, Request, Selector
 from kvtool.policies.scorers import Accumulated
 
 
@@ -25,8 +25,8 @@ class UnevenAllocator(Allocator):
 
     layer_local: ClassVar[bool] = True
 
-    def allocate(self, views: Sequence[LayerView], budget: int, minimum: int) -> list[list[int]]:
-        rows = []
+    def allocate(self, views: Sequence[LayerView], scores: Sequence[torch.Tensor], request: Request) -> list[list[int]]:
+        rows, budget, minimum = [], request.budget, request.minimum
         for view in views:
             step = (budget - minimum) // view.n_kv_heads
             shift = [step * (2 * h - view.n_kv_heads + 1) // 2 for h in range(view.n_kv_heads)]
@@ -40,7 +40,8 @@ class UnevenAllocator(Allocator):
 class AcrossLayers(Allocator):
     """The last layer gives half of its free entries to the first: needs all layers at once."""
 
-    def allocate(self, views: Sequence[LayerView], budget: int, minimum: int) -> list[list[int]]:
+    def allocate(self, views: Sequence[LayerView], scores: Sequence[torch.Tensor], request: Request) -> list[list[int]]:
+        budget, minimum = request.budget, request.minimum
         moved = (budget - minimum) // 2 if len(views) > 1 else 0
         last = len(views) - 1
         return [[budget + moved * ((i == 0) - (i == last))] * view.n_kv_heads for i, view in enumerate(views)]

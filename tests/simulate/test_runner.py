@@ -59,7 +59,7 @@ def test_ranks_follow_harm_within_the_budget(finished: tuple[Path, SimulateSumma
         if row["yardstick"]:
             assert row["method"] == "oracle"
             assert row["rank"] is None
-            assert not (row["shortlisted"] or row["pareto"] or row["refined"])
+            assert not any(row[key] for key in ("shortlisted", "pareto", "refined"))
             continue
         runnable = [other for other in rows if not other["yardstick"]]
         assert row["rank"] == 1 + sum(other["harm"] < row["harm"] for other in runnable)
