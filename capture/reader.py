@@ -162,7 +162,8 @@ class CapturedSample:
         with damage(self.capture.path):
             dataset = self.capture.group(self.index)["probes/attention"]
             scale = np.float32(np.asarray(dataset.attrs["scale"])[layer])
-            return np.asarray(dataset[layer], dtype=np.float32).sum(axis=1) * scale
+            summed: FloatArray = np.asarray(dataset[layer], dtype=np.float32).sum(axis=1) * scale
+            return summed
 
     def features(self) -> Features:
         """Return the head features."""

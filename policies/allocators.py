@@ -86,8 +86,9 @@ def pyramid_budgets(capacity: float, seq_len: int, n_layers: int, window: int, b
     past = seq_len - window
     if rule == "kvpress":
         return _pyramid_kvpress(capacity, seq_len, n_layers, window, beta)
-    mean = capacity - window
-    if rule == "factory" and seq_len < capacity:
+    whole = int(capacity)
+    mean = whole - window
+    if rule == "factory" and seq_len < whole:
         return [seq_len] * n_layers
     low = int(mean // beta)
     high = 2 * mean - low
@@ -95,7 +96,7 @@ def pyramid_budgets(capacity: float, seq_len: int, n_layers: int, window: int, b
         high, low = past, 2 * mean - past
     step = (high - low) // (n_layers - 1) if n_layers > 1 else 0
     if rule == "factory" and seq_len < 2 * mean:
-        return [capacity] * n_layers
+        return [whole] * n_layers
     return [min(seq_len, high - layer * step + window) for layer in range(n_layers)]
 
 

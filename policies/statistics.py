@@ -231,12 +231,9 @@ def _plain_statistic(inputs: AttentionInputs, kind: str) -> Tensor:
 
     if kind == "accumulated":
         return accumulated_attention(inputs)
-    if kind == "key_norm":
-        return inputs.keys.float().norm(dim=-1)
-    if kind == "value_norm":
-        return inputs.values.float().norm(dim=-1)
-    if kind == "value_norm1":
-        return inputs.values.float().abs().sum(dim=-1)
+    if kind in ("key_norm", "value_norm", "value_norm1"):
+        tensor = inputs.keys if kind == "key_norm" else inputs.values
+        return torch.linalg.vector_norm(tensor.float(), ord=1 if kind == "value_norm1" else 2, dim=-1)
     if kind == "output_norm":
         return output_norm(inputs)
     keys = inputs.keys.float()

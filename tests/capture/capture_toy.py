@@ -74,8 +74,8 @@ def make_samples(n: int, n_context: int = 50, n_question: int = 5, n_answer: int
 class FullPass:
     """One forward of the whole sequence with whole matrices, float64.
 
-    `attention[layer]` is ``[Q, N, N]``, `queries` ``[Q, N, D]``, `keys` and `values` ``[H, N, D]``; `factors[layer]` multiplies the attention entry by
-    entry, so the gradient of any number with respect to it is that number's gain.
+    `attention[layer]` is ``[Q, N, N]``, `queries` ``[Q, N, D]``, `keys` and `values` ``[H, N, D]``; `factors[layer]` multiplies
+    the attention entry by entry, so the gradient of any number with respect to it is that number's gain.
     """
 
     logits: Tensor
