@@ -99,7 +99,7 @@ def cli() -> None:
 @model_options
 @sample_options
 @compress_option
-@click.option("--windows", default="16,32,64", show_default=True, help="Window sizes of the window statistics, in queries.")
+@click.option("--windows", default="8,16,32,64", show_default=True, help="Window sizes of the window statistics, in queries.")
 @click.option("--statistics", default=None, help="Comma-separated selection statistics; default: all.")
 @click.option("--dry-run", is_flag=True, help="Say what would be captured and how large it gets; capture nothing.")
 @out_option("capture.h5", "HDF5 file to write.")

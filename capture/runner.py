@@ -52,7 +52,7 @@ class CaptureConfig:
     length: int | None = None
     seed: int = 0
     compress_at: Literal["prompt", "context"] = "prompt"
-    windows: tuple[int, ...] = (16, 32, 64)
+    windows: tuple[int, ...] = (8, 16, 32, 64)
     statistics: tuple[str, ...] | None = None
     answer_tokens: int = 64
     feature_rows: int = 256

@@ -54,6 +54,9 @@ class LayerView(Protocol):
 class Scorer(ABC):
     """Statistics of one layer -> score per KV head and position; higher is kept first."""
 
+    #: False if the score makes sense for whole prompts only, not for the entries that are left while decoding.
+    decodes: ClassVar[bool] = True
+
     @abstractmethod
     def needs(self) -> tuple[str, ...]:
         """Return the names of the statistics that `score` asks for."""
@@ -75,11 +78,14 @@ class Request:
         Entries that no head may fall below: the protected ones, and the slots of a compensation.
     selector : Selector
         Says which positions are protected.
+    implied : bool
+        No budget was given: the method's own number of entries counts.
     """
 
     budget: int
     minimum: int
     selector: Selector
+    implied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +261,16 @@ class Policy:
         if self.budget is not None and self.method.keeps_all:
             raise ConfigError(f"policy {self.method.name!r} keeps every entry and takes no budget")
         if self.method.keeps_all and (self.compensation.active or self.when != When()):
-            raise ConfigError(f"policy {self.method.name!r} drops nothing: there is nothing to compensate and no moment to do it")
+            raise ConfigError(
+                f"policy {self.method.name!r} drops nothing: there is nothing to compensate and no moment to do it"
+            )
+        if self.compensation.active and self.when != When():
+            moment = f"chunk={self.when.chunk}" if self.when.chunk else f"positions={self.when.positions}"
+            moment = "decode=evict" if self.when.decode == "evict" else moment
+            raise ConfigError(
+                f"policy {self.method.name!r}: compensate={self.compensation.compensate} stands for one cut of a whole prompt with "
+                f"its true rotation, which {moment} does not have; leave one of both out"
+            )
 
     def __str__(self) -> str:
         from kvtool.policies.text import format_policy
@@ -279,6 +294,10 @@ class Policy:
     def exact(self) -> bool:
         """True if exactly the budget is kept, slots of a compensation counted."""
         return self.budget is not None and self.method.exact and self.compensation.exact
+
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of all statistics that the method and its compensation ask for, sorted."""
+        return tuple(sorted({*self.method.parts().needs(), *self.compensation.needs()}))
 
     def minimum(self, seq_len: int) -> int:
         """Return the fewest entries a head can have: protected sink and window, and the compensation's slots."""

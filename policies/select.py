@@ -95,14 +95,29 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
         The allocator breaks its contract.
     """
     parts, seq_len = policy.method.parts(), views[0].seq_len
-    request = Request(policy.entries(seq_len), policy.minimum(seq_len), parts.selector)
+    request = Request(policy.entries(seq_len), policy.minimum(seq_len), parts.selector, implied=policy.budget is None)
     budgets = parts.allocator.allocate(views, scores, request)
     flat = [n for heads in budgets for n in heads]
     if policy.budget is not None and policy.method.exact and sum(flat) != request.budget * len(flat):
-        raise KvtoolError(f"policy {policy}: its allocator gave {sum(flat)} entries, {request.budget * len(flat)} were asked for")
+        raise KvtoolError(
+            f"policy {policy}: its allocator gave {sum(flat)} entries, {request.budget * len(flat)} were asked for"
+        )
+    if not policy.method.exact and policy.compensation.takes_slots and min(flat) < min(request.minimum, seq_len):
+        # The official rules that miss a budget know of no slots.
+        raise ConfigError(
+            f"policy {policy}: its rule leaves a head {min(flat)} entries, and {request.minimum} are needed for the protected ones "
+            "and the slots of its compensation; raise the budget, use a larger block=, or the method's exact rule"
+        )
     if any(not min(request.minimum, seq_len) <= n <= seq_len for n in flat):
         raise KvtoolError(f"policy {policy}: its allocator left the range {request.minimum} ... {seq_len} of a head's budget")
-    return [[policy.compensation.kept(n, seq_len) for n in heads] for heads in budgets]
+    # A gated head gets no representatives, so that its slots go back to real entries.
+    return [
+        [
+            n if gated else policy.compensation.kept(n, seq_len)
+            for n, gated in zip(heads, policy.compensation.gated(view), strict=True)
+        ]
+        for heads, view in zip(budgets, views, strict=True)
+    ]
 
 
 def kept_positions(policy: Policy, views: Sequence[LayerView]) -> list[list[Tensor]]:
@@ -189,9 +204,7 @@ def select(
                 f"found {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
             )
         weight = None if output_weights is None else output_weights[layer]
-        inputs = AttentionInputs(
-            q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling, rope=rope, output_weight=weight
-        )
+        inputs = AttentionInputs(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling, rope=rope, output_weight=weight)
         importance = None if head_scores is None else torch.as_tensor(head_scores[layer], dtype=torch.float32)
         if importance is not None and importance.shape != q.shape[:1]:
             raise ConfigError(f"layer {layer}: {list(importance.shape)} head scores were given for {q.shape[0]} query heads")

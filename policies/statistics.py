@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Elements of one logits block (Q x B x T floats): 8 MB.
 BLOCK_ELEMENTS = 1 << 21
 
-#: name -> what it is; ``{w}`` is a window size, ``{n}`` a block size, ``{s}+{n}`` first positions left out and future positions
+#: name -> what it is; ``{w}`` is a window size, ``{n}`` a block size or ``full``, ``{s}+{n}`` first positions left out and future positions
 KINDS = {
     "accumulated": "[Q, T] sum over all prompt queries of the attention to the position",
     "window_mean/{w}": "[Q, T] mean over the last w prompt queries of the attention to the position",
@@ -38,9 +38,10 @@ KINDS = {
     "output_norm": "[H, T] mean over the group of the L1 norm of the value after the head's output projection",
 }
 
-#: Queries whose logits ``block_variance`` looks at, and its block sizes in a capture; the last is one block for everything.
+#: Queries whose logits ``block_variance`` looks at, its block sizes in a capture, and what ``full`` stands for.
 VARIANCE_QUERIES = 32
-VARIANCE_BLOCKS = (16, 32, 64, 128, 256, 1 << 30)
+VARIANCE_BLOCKS = ("16", "32", "64", "128", "256", "full")
+EVERYTHING = 1 << 62
 
 #: Known to some views only, never captured: what the tensors' owner says, and the future of a captured prompt.
 SPECIAL = {
@@ -69,13 +70,13 @@ def parse_statistic(name: str) -> tuple[str, int]:
         raise ConfigError(f"the policy needs {name!r}, which is not there: {hint}")
     kind, _, number = name.partition("/")
     forms = {k.partition("/")[0]: k.partition("/")[2] for k in KINDS}
-    pattern = {"": "", "{s}+{n}": r"\d+\+[1-9]\d*"}.get(forms.get(kind, ""), r"[1-9]\d*")
+    pattern = {"": "", "{n}": r"[1-9]\d*|full", "{s}+{n}": r"\d+\+[1-9]\d*"}.get(forms.get(kind, ""), r"[1-9]\d*")
     if kind not in forms or not re.fullmatch(pattern, number):
         raise ConfigError(f"unknown statistic {name!r}; there are {', '.join(KINDS)}")
-    return kind, int(number.rpartition("+")[2] or 0)
+    return kind, EVERYTHING if number == "full" else int(number.rpartition("+")[2] or 0)
 
 
-def default_statistics(windows: Iterable[int] = (16, 32, 64)) -> tuple[str, ...]:
+def default_statistics(windows: Iterable[int] = (8, 16, 32, 64)) -> tuple[str, ...]:
     """Return the names of all statistics, with the window menu `windows`."""
     plain = tuple(k for k in KINDS if "/" not in k)
     kinds = [k.removesuffix("/{w}") for k in KINDS if k.endswith("/{w}")]
@@ -233,7 +234,8 @@ def _plain_statistic(inputs: AttentionInputs, kind: str) -> Tensor:
         return accumulated_attention(inputs)
     if kind in ("key_norm", "value_norm", "value_norm1"):
         tensor = inputs.keys if kind == "key_norm" else inputs.values
-        return torch.linalg.vector_norm(tensor.float(), ord=1 if kind == "value_norm1" else 2, dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(tensor.float(), ord=1 if kind == "value_norm1" else 2, dim=-1)
+        return norm
     if kind == "output_norm":
         return output_norm(inputs)
     keys = inputs.keys.float()

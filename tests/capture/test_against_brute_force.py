@@ -26,7 +26,7 @@ def _literal_statistic(name, layer, found, n, model):
     kind, _, number = name.partition("/")
     attention, keys, values = (x[layer][:, :n] for x in (found.attention, found.keys, found.values))
     attention = attention[:, :, :n]
-    number = int(number.rpartition("+")[2] or 1)
+    number = n if number == "full" else int(number.rpartition("+")[2] or 1)
     rows = attention[:, -number:]
     unit = keys / keys.norm(dim=-1, keepdim=True)
     mean = unit.mean(dim=1, keepdim=True)

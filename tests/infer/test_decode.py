@@ -1,4 +1,5 @@
-"""Eviction while decoding: against literal step-by-step references of the papers, and the capacity as a hard bound."""
+"""Eviction while decoding and between chunks of a prompt: against literal step-by-step references of the papers, and the
+capacity as a hard bound."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from kvtool.attention import AttentionCall, attention_handler
+from kvtool.attention import AttentionCall, attention_handler, dense_attention
 from kvtool.errors import ConfigError
 from kvtool.infer.cache import CompressedCache
+from kvtool.infer.chunks import prefill_in_chunks
 from kvtool.infer.generate import prefill
 from kvtool.infer.present import decoding_needs
 from kvtool.models import load_model
 from kvtool.policies import Policy, method_classes
+from kvtool.policies.when import When
 
 TEXT = (
     "The river ran past the old mill and the children counted boats. The secret number of the calm wizard is 48213. "
@@ -29,13 +32,18 @@ def tokens(row: int, n: int) -> list[int]:
     return torch.randint(3, 250, (n,), generator=torch.Generator().manual_seed(100 + row)).tolist()
 
 
+#: (carried scores, visible positions, attention rows of the new queries) -> positions that stay
+Choose = Callable[[list[float], list[int], list[list[dict[int, float]]]], list[int]]
+
+
 class Literal:
     """Decoding as the papers write it: everything is kept, and per layer and KV head a list says what is still visible.
 
-    One entry at a time, in float64; `choose(scores, kept)` names what stays, given the carried scores of the visible entries.
+    One entry at a time, in float64. `choose(scores, kept, rows)` names what stays, given the carried scores of the visible
+    entries and, for each new query and head of the group, its attention by position.
     """
 
-    def __init__(self, model: Any, capacity: int, choose: Callable[[list[float], list[int]], list[int]]) -> None:
+    def __init__(self, model: Any, capacity: int, choose: Choose) -> None:
         from transformers import DynamicCache
 
         self.model, self.capacity, self.choose = model, capacity, choose
@@ -60,17 +68,20 @@ class Literal:
             before = list(kept)
             kept += range(n_all - n_new, n_all)
             scores |= {j: [0.0] * group for j in range(n_all - n_new, n_all)}
+            rows: list[list[dict[int, float]]] = []
             for i in range(n_new):
+                rows.append([])
                 visible = before + list(range(n_all - n_new, n_all - n_new + i + 1))
                 for g in range(group):
                     q = h * group + g
                     weights = torch.softmax(self.logits_of(call, q, i, h, visible), 0)
                     out[0, q, i] = (weights @ call.values[0, h, visible].double()).to(out.dtype)
-                    for j, weight in zip(visible, weights.tolist(), strict=True):
+                    rows[-1].append(dict(zip(visible, weights.tolist(), strict=True)))
+                    for j, weight in rows[-1][-1].items():
                         scores[j][g] += weight
             if len(kept) > self.capacity:
                 merged = [sum(scores[j]) / group for j in kept]
-                kept[:] = self.choose(merged, kept)
+                kept[:] = self.choose(merged, kept, rows)
                 for j in set(scores) - set(kept):
                     del scores[j]
         return out
@@ -109,10 +120,10 @@ class LiteralCachePositions(Literal):
         return keys @ query * call.scaling
 
 
-def heavy_hitters(sink: int, recent: int, capacity: int) -> Callable[[list[float], list[int]], list[int]]:
+def heavy_hitters(sink: int, recent: int, capacity: int) -> Choose:
     """H2O: the last `recent` entries and the heaviest of the others (and the first ones, where asked for)."""
 
-    def choose(scores: list[float], kept: list[int]) -> list[int]:
+    def choose(scores: list[float], kept: list[int], rows: Any) -> list[int]:
         last = kept[len(kept) - recent :]
         first = kept[:sink]
         free = [(-s, j) for s, j in zip(scores, kept, strict=True) if j not in last and j not in first]
@@ -122,9 +133,23 @@ def heavy_hitters(sink: int, recent: int, capacity: int) -> Callable[[list[float
     return choose
 
 
-def sinks_and_recent(sink: int, capacity: int) -> Callable[[list[float], list[int]], list[int]]:
+def sinks_and_recent(sink: int, capacity: int) -> Choose:
     """StreamingLLM: the first entries and the last ones."""
-    return lambda scores, kept: kept[:sink] + kept[len(kept) - (capacity - sink) :]
+    return lambda scores, kept, rows: kept[:sink] + kept[len(kept) - (capacity - sink) :]
+
+
+def window_attention(window: int, kernel: int, capacity: int) -> Choose:
+    """SnapKV: mean attention of the last `window` new queries, merged over the group, max-pooled; and the last entries."""
+
+    def choose(scores: list[float], kept: list[int], rows: list[list[dict[int, float]]]) -> list[int]:
+        last, past = kept[len(kept) - window :], kept[: len(kept) - window]
+        mean = [sum(row[g].get(j, 0.0) for row in rows[-window:] for g in range(len(row))) for j in past]
+        reach = kernel // 2
+        pooled = [max(mean[max(0, i - reach) : i + reach + 1]) for i in range(len(past))]
+        best = sorted(zip([-x for x in pooled], past, strict=True))[: capacity - window]
+        return sorted([j for _, j in best] + last)
+
+    return choose
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +322,9 @@ def run_batch(model: Any, cache: CompressedCache, prompts: list[list[int]], fed:
 def test_a_row_of_a_padded_batch_equals_a_single_run(name: str, positions: str, random_model: Callable[..., Any]) -> None:
     architecture, changes = MODELS[name]
     model = random_model(architecture, **changes).double()
-    prompts, fed = [tokens(0, 70), tokens(1, 33)], [tokens(50, 40), tokens(51, 40)]
-    for policy in [*evicting(positions), *evicting(",interval=5" + positions)]:
+    prompts, fed = [tokens(0, 70), tokens(1, 33)], [tokens(50, 16), tokens(51, 16)]
+    lazy = [policy for policy in evicting(",interval=5" + positions) if policy.method.name in ("h2o", "snapkv", "adakv")]
+    for policy in [*evicting(positions), *lazy]:
         together = CompressedCache(policy, model, seeds=[3, 4], keep_positions=True)
         found = run_batch(model, together, prompts, fed)
         for row in range(2):
@@ -409,10 +435,197 @@ def test_what_cannot_be_done_is_one_clear_line(random_model: Callable[..., Any])
             CompressedCache(f"{name}:budget=64,decode=evict", llama)
     with pytest.raises(ConfigError, match="the model has none; use positions=true"):
         CompressedCache("streaming:budget=24,positions=cache", opt)
-    with pytest.raises(ConfigError, match="a compensation stands for one cut"):
+    with pytest.raises(ConfigError, match="compensate=mean stands for one cut"):
         CompressedCache("h2o:budget=64,decode=evict,compensate=mean", llama)
     late = CompressedCache("streaming:budget=24,positions=cache")
     llama.set_attn_implementation("kvtool")
     forward(llama, late, tokens(0, 40))
     with pytest.raises(ConfigError, match="the model itself as CompressedCache"):
         forward(llama, late, [5])
+
+
+CHUNKED = [
+    ("streaming:budget=24,sink=4", sinks_and_recent(4, 24)),
+    ("h2o:budget=24,window=12", heavy_hitters(0, 12, 24)),
+    ("snapkv:budget=24,window=8,kernel=5", window_attention(8, 5, 24)),
+]
+
+
+@pytest.mark.parametrize("decode", ["", ",decode=evict"])
+@pytest.mark.parametrize(("policy", "choose"), CHUNKED)
+def test_prompts_in_chunks_equal_a_literal_chunk_by_chunk_reference(policy: str, choose: Any, decode: str, tiny: Any) -> None:
+    # The last chunk has 10 tokens, more than the window: the literal SnapKV has no queries of earlier chunks.
+    model, ids = tiny
+    literal = Literal(model, 24, choose)
+    for start in range(0, 106, 16):
+        expected = literal.feed(ids[start : min(106, start + 16)])
+    text = policy + decode + ",chunk=16"
+    whole = CompressedCache(text, model, keep_positions=True)
+    parts = CompressedCache(text, model, keep_positions=True)
+    logits = [forward(model, whole, ids[:106])[-1], prefill_in_chunks(model, ids[:106], parts)]
+    assert all((found - expected[-1]).abs().max() <= 1e-6 * expected.abs().max() for found in logits)
+    want = [[literal.kept[layer, head] for head in range(4)] for layer in range(4)]
+    assert held(whole) == held(parts) == want
+    assert [[p.tolist() for p in whole.kept[layer][0]] for layer in range(4)] == want
+    if not decode:
+        literal.capacity = 10**6
+    elif policy.startswith("snapkv"):
+        return  # the literal one forgets the queries of earlier steps; see test_decode_views_equal_brute_force
+    for token in ids[106:120]:
+        expected = literal.feed([token])
+        for cache in (whole, parts):
+            assert (forward(model, cache, [token]) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert held(whole) == held(parts) == [[literal.kept[layer, head] for head in range(4)] for layer in range(4)]
+
+
+def test_chunks_with_cache_positions_equal_the_literal_reference(tiny: Any) -> None:
+    model, ids = copy.deepcopy(tiny[0]), tiny[1]
+    literal = LiteralCachePositions(model, 24, heavy_hitters(4, 8, 24))
+    cache = CompressedCache("h2o:budget=24,window=8,sink=4,decode=evict,positions=cache,chunk=16", tiny[0], keep_positions=True)
+    for start in range(0, 90, 16):
+        expected = literal.feed(ids[start : min(90, start + 16)])
+    found = forward(tiny[0], cache, ids[:90])
+    assert (found[-1] - expected[-1]).abs().max() <= 1e-4 * expected.abs().max()
+    for token in ids[90:110]:
+        expected, found = literal.feed([token]), forward(tiny[0], cache, [token])
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert held(cache) == [[literal.kept[layer, head] for head in range(4)] for layer in range(4)]
+
+
+def chunkable(options: str) -> list[Policy]:
+    return [policy for policy in evicting(options) if policy.method.parts().allocator.layer_local]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_of_a_padded_batch_equal_single_runs_and_keep_the_budget(name: str, random_model: Callable[..., Any]) -> None:
+    architecture, changes = MODELS[name]
+    model = random_model(architecture, **changes).double()
+    prompts, fed = [tokens(0, 70), tokens(1, 33)], [tokens(50, 12), tokens(51, 12)]
+    policies = chunkable(",chunk=16")
+    assert {policy.method.name for policy in policies} >= {"streaming", "h2o", "snapkv", "adakv", "tova", "keydiff", "random"}
+    for policy in policies:
+        together = CompressedCache(policy, model, seeds=[3, 4], keep_positions=True)
+        found = run_batch(model, together, prompts, fed)
+        for layer in together.layers:
+            n_kv = layer.store.n_kv_heads
+            assert [sum(layer.store.lengths[:n_kv]), sum(layer.store.lengths[n_kv:])] == [20 * n_kv] * 2, policy
+        for row in range(2):
+            alone = CompressedCache(policy, model, seeds=3 + row, keep_positions=True)
+            expected = run_batch(model, alone, [prompts[row]], [fed[row]])[0]
+            for a, b in zip(together.layers, alone.layers, strict=True):
+                assert [p.tolist() for p in a.held.positions()[row]] == [p.tolist() for p in b.held.positions()[0]], policy
+            assert (found[row] - expected).abs().max() <= 1e-5 * expected.abs().max(), policy
+
+
+def test_one_chunk_as_long_as_the_prompt_is_the_plain_policy(random_model: Callable[..., Any]) -> None:
+    model = random_model("llama")
+    for policy in chunkable(",chunk=500"):
+        if policy.method.name == "random":
+            continue  # draws anew at every cut
+        cache = CompressedCache(policy, model, keep_positions=True)
+        plain = CompressedCache(dataclasses.replace(policy, when=When()), model, keep_positions=True)
+        assert torch.equal(forward(model, cache, tokens(0, 70)), forward(model, plain, tokens(0, 70)))
+        assert held(cache) == [[p.tolist() for p in plain.kept[layer][0]] for layer in range(2)], policy
+
+
+def test_the_prefill_peak_is_the_budget_and_a_chunk(random_model: Callable[..., Any]) -> None:
+    model = random_model("llama")
+    cache = CompressedCache("h2o:budget=20,window=6,chunk=16", model)
+    peak, ids = 0, torch.tensor([tokens(0, 300)])
+    cache.prompt_length = 300
+    with torch.no_grad():
+        for start in range(0, 300, 16):
+            model(ids[:, start : start + 16], past_key_values=cache, use_cache=True)
+            stores = [row.held.store for layer in cache.layers if layer.chunks for row in layer.chunks.rows]
+            peak = max(peak, sum(store.keys.shape[0] for store in stores))
+    assert 0 < peak <= 2 * 2 * (20 + 16)  # layers, heads
+    assert cache.entries() == [[[20, 20]]] * 2
+
+
+def test_a_sliding_window_comes_through_chunks_unchanged(random_model: Callable[..., Any]) -> None:
+    model = random_model("mistral")
+    plain, cache = CompressedCache("full", model), CompressedCache("h2o:budget=20,window=6,chunk=24,decode=evict", model)
+    expected, found = forward(model, plain, tokens(0, 70)), forward(model, cache, tokens(0, 70))
+    for token in [None, *tokens(1, 30)]:
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        if token is not None:
+            expected, found = forward(model, plain, [token]), forward(model, cache, [token])
+
+
+def test_generate_honours_chunks_and_a_question_after_them(random_model: Callable[..., Any]) -> None:
+    model, prompt = random_model("llama"), tokens(0, 70)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    text = "snapkv:budget=30%,window=6,chunk=16"
+    cache = CompressedCache(text, model)
+    made = model.generate(torch.tensor([prompt]), past_key_values=cache, **options)[0, 70:].tolist()
+    assert cache.entries() == [[[21 + 9] * 2]] * 2
+    step = CompressedCache(text, model)
+    logits, expected = prefill_in_chunks(model, prompt, step), []
+    for _ in range(10):
+        expected.append(int(logits.argmax()))
+        logits = forward(model, step, expected[-1:])[-1]
+    assert made == expected
+    one, two = CompressedCache(text, model, compress_at_length=60), CompressedCache(text, model)
+    forward(model, two, prompt[:60])
+    assert torch.allclose(forward(model, one, prompt)[-1], forward(model, two, prompt[60:])[-1], rtol=1e-4, atol=1e-4)
+    assert one.entries() == two.entries() == [[[18 + 10] * 2]] * 2
+
+
+def test_what_chunks_cannot_do_is_one_clear_line(random_model: Callable[..., Any]) -> None:
+    model = random_model("llama")
+    with pytest.raises(ConfigError, match="budgets depend on one layer only"):
+        CompressedCache("pyramidkv:budget=40,window=6,chunk=16", model)
+    with pytest.raises(ConfigError, match="needs the model"):
+        CompressedCache("snapkv:budget=40,window=6,chunk=16")
+    with pytest.raises(ConfigError, match="whole prompts only; remove chunk="):
+        CompressedCache("expected:budget=40,chunk=16", model)
+    with pytest.raises(ConfigError, match="has no chunk size"):
+        prefill_in_chunks(model, [5, 6], CompressedCache("window:budget=40", model))
+    used = CompressedCache("window:budget=40,chunk=16", model)
+    forward(model, used, tokens(0, 20))
+    with pytest.raises(ConfigError, match="has seen 20 tokens"):
+        prefill_in_chunks(model, [5, 6], used)
+    padded = CompressedCache("window:budget=40,chunk=16", model, prompt_length=60)
+    mask, ids = torch.tensor([[0] * 5 + [1] * 15, [1] * 20]), torch.tensor([tokens(0, 20), tokens(1, 20)])
+    with pytest.raises(ConfigError, match="without padding only"):
+        model(ids, attention_mask=mask, past_key_values=padded, use_cache=True)
+
+
+def test_decode_views_equal_brute_force(random_model: Callable[..., Any]) -> None:
+    """Statistics of ragged rows while decoding, against loops over the queries and keys that went in."""
+    model = random_model("llama").double()
+    cache = CompressedCache("adakv:budget=24,window=6,decode=evict", model, keep_positions=True)
+    # The first layer's queries do not depend on what is kept: the plain model has the same ones.
+    ids, asked = [*tokens(0, 50), *tokens(1, 12)], []
+
+    def spy(call: AttentionCall) -> torch.Tensor:
+        asked.append(call.queries[0])
+        return dense_attention(call)
+
+    with torch.no_grad(), attention_handler(model, spy):
+        model(torch.tensor([ids]), use_cache=False)
+    for part in [ids[:50], ids[50:53], *([t] for t in ids[53:])]:
+        forward(model, cache, part)
+    held_layer = cache.layers[0].held
+    assert torch.allclose(held_layer.eviction.queries[0], asked[0][:, -6:], atol=1e-9)
+    assert len(set(held_layer.store.lengths)) == 2  # ragged: one view per head
+    present = held_layer.present(0.25)
+    for view in held_layer.eviction.views(present, [0, 0]):
+        head = view.rows[0]
+        row = list(held_layer.store.dense_rows())[head]
+        queries, where = asked[0][head * 2 : head * 2 + 2, -6:], row.positions.tolist()
+        assert (view.n_kv_heads, view.n_heads, view.seq_len) == (1, 2, len(where))
+        for g in range(2):
+            weights = torch.zeros(6, len(where)).double()
+            for i in range(6):
+                own = 62 - 6 + i
+                logits = torch.tensor([float(k @ queries[g, i]) * 0.25 for k in row.keys])
+                logits[[p > own for p in where]] = float("-inf")
+                weights[i] = logits.softmax(0)
+            expected = {"window_mean/6": weights.mean(0), "window_var/6": weights.var(0, correction=0)}
+            expected |= {"window_max/6": weights.amax(0), "last": weights[-1], "window_mean/2": weights[-2:].mean(0)}
+            for name, value in expected.items():
+                assert torch.allclose(view.statistic(name)[g].double(), value, atol=1e-5), name
+        assert torch.allclose(view.statistic("key_norm")[0].double(), row.keys.norm(dim=-1), atol=1e-5)
+        with pytest.raises(ConfigError, match="without declaring it"):
+            view.statistic("output_norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,20 @@ def toy_views(seq_len: int = T, seed: int = 0, n_heads: int = Q, n_kv: int = H, 
     return views
 
 
-def text(name: str, budget: str | int, **parameters: Any) -> str:
+#: Files of head kinds and scores by number of KV heads, for methods that cannot do without.
+FILES: dict[int, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def head_files(toy_heads: Callable[..., Path]) -> None:
+    FILES.update({n_kv: toy_heads(n_layers=L, n_heads=Q, n_kv_heads=n_kv) for n_kv in (1, 2, 4)})
+
+
+def text(name: str, budget: str | int, n_kv: int = H) -> str:
     """Text form with what the method needs on short prompts."""
-    items = [f"budget={budget}", CLASSES[name].small, *(f"{k}={v}" for k, v in parameters.items())]
+    items = [f"budget={budget}", CLASSES[name].small]
+    # Importance comes from the views; kinds of heads are in files only.
+    items += [f"heads={FILES[n_kv]}"] if name == "head_windows" else []
     return f"{name}:" + ",".join(filter(None, items))
 
 
@@ -90,7 +102,7 @@ def test_keeps_sink_and_window(name: str) -> None:
 )
 def test_any_shape(name: str, seq_len: int, retention: int, group: int, n_kv: int, seed: int) -> None:
     # MHA (group 1), GQA and MQA (one KV head); prompts shorter than any window; tiny to full budgets.
-    policy = parse_policy(text(name, f"{retention}%"))
+    policy = parse_policy(text(name, f"{retention}%", n_kv))
     selector = policy.method.parts().selector
     views = toy_views(seq_len, seed, n_heads=group * n_kv, n_kv=n_kv)
     assert policy.budget is not None
@@ -105,6 +117,18 @@ def test_any_shape(name: str, seq_len: int, retention: int, group: int, n_kv: in
     for head in (head.tolist() for layer in result for head in layer):
         assert head == sorted(set(head))
         assert protected <= set(head) <= set(range(seq_len))
+
+
+@pytest.mark.parametrize("options", ["mean,block=16", "weighted,block=full", "mean,block=8,gate=0.9"])
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_slots_of_a_compensation_are_part_of_the_budget(name: str, options: str) -> None:
+    policy, views = parse_policy(f"{text(name, 50)},compensate={options}"), toy_views()
+    total = 0
+    for view, heads in zip(views, kept_positions(policy, views), strict=True):
+        for positions, gated in zip(heads, policy.compensation.gated(view), strict=True):
+            total += len(positions) + (0 if gated else policy.compensation.slots(len(positions), T))
+    assert total == 50 * L * H
+    assert all("window_mean/32" in policy.needs() for _ in range("weighted" in options))
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
