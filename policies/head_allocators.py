@@ -123,15 +123,10 @@ def head_capacities(importance: Float, past: int, beta: float, temperature: floa
     past : int
         Mean entries besides the window.
     """
-    import torch
-
-    # In float32 and with Python's float floor division, as in the code: 120 // 1.005 is 119.
-    scores = torch.tensor(importance, dtype=torch.float32)
-    scores = scores / scores.sum()
-    scores = torch.pow(scores, temperature)
-    scores = scores / scores.sum()
+    # Python's float floor division, as in the code: 120 // 1.005 is 119; rounded half to even.
     pool = past // beta
-    found: NDArray[np.int64] = torch.round(scores * pool * scores.numel() + (past - pool)).long().numpy()
+    table = normalised(importance, temperature) * pool * importance.size + (past - pool)
+    found: NDArray[np.int64] = np.round(table).astype(np.int64)
     return found
 
 

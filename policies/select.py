@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvtool.errors import ConfigError, KvtoolError
 from kvtool.policies.base import LayerView, Policy, Request
+from kvtool.policies.shares import share
 from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
 if TYPE_CHECKING:
@@ -97,16 +98,12 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
     parts, seq_len = policy.method.parts(), views[0].seq_len
     request = Request(policy.entries(seq_len), policy.minimum(seq_len), parts.selector, implied=policy.budget is None)
     budgets = parts.allocator.allocate(views, scores, request)
+    if policy.compensation.takes_slots:
+        budgets = _with_room_for_slots(policy, budgets, request, seq_len)
     flat = [n for heads in budgets for n in heads]
     if policy.budget is not None and policy.method.exact and sum(flat) != request.budget * len(flat):
         raise KvtoolError(
             f"policy {policy}: its allocator gave {sum(flat)} entries, {request.budget * len(flat)} were asked for"
-        )
-    if not policy.method.exact and policy.compensation.takes_slots and min(flat) < min(request.minimum, seq_len):
-        # The official rules that miss a budget know of no slots.
-        raise ConfigError(
-            f"policy {policy}: its rule leaves a head {min(flat)} entries, and {request.minimum} are needed for the protected ones "
-            "and the slots of its compensation; raise the budget, use a larger block=, or the method's exact rule"
         )
     if any(not min(request.minimum, seq_len) <= n <= seq_len for n in flat):
         raise KvtoolError(f"policy {policy}: its allocator left the range {request.minimum} ... {seq_len} of a head's budget")
@@ -118,6 +115,33 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
         ]
         for heads, view in zip(budgets, views, strict=True)
     ]
+
+
+def _with_room_for_slots(policy: Policy, budgets: list[list[int]], request: Request, seq_len: int) -> list[list[int]]:
+    """Raise heads to protected entries plus slots, at the expense of the others; official rules know of no slots.
+
+    The sum stays: of each layer where its budgets depend on that layer alone, else of all. Budgets that are large enough
+    are left as they are.
+
+    Raises
+    ------
+    ConfigError
+        The sum does not suffice.
+    """
+    least = min(request.minimum, seq_len)
+    if all(n >= least for heads in budgets for n in heads):
+        return budgets
+    groups = budgets if policy.method.parts().allocator.layer_local else [[n for heads in budgets for n in heads]]
+    flat: list[int] = []
+    for group in groups:
+        if sum(group) < least * len(group):
+            raise ConfigError(
+                f"policy {policy}: it leaves {sum(group)} entries to {len(group)} heads, and {least} per head are needed for the "
+                "protected ones and the slots of its compensation; raise the budget or use a larger block="
+            )
+        flat += share(sum(group), [max(0, n - least) for n in group], least, seq_len)
+    rest = iter(flat)
+    return [[next(rest) for _ in heads] for heads in budgets]
 
 
 def kept_positions(policy: Policy, views: Sequence[LayerView]) -> list[list[Tensor]]:
@@ -205,7 +229,7 @@ def select(
             )
         weight = None if output_weights is None else output_weights[layer]
         inputs = AttentionInputs(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling, rope=rope, output_weight=weight)
-        importance = None if head_scores is None else torch.as_tensor(head_scores[layer], dtype=torch.float32)
+        importance = None if head_scores is None else torch.as_tensor(head_scores[layer], dtype=torch.float64)
         if importance is not None and importance.shape != q.shape[:1]:
             raise ConfigError(f"layer {layer}: {list(importance.shape)} head scores were given for {q.shape[0]} query heads")
         views.append(TensorView(inputs, layer, len(queries), seed, importance))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvtool.errors import ConfigError
 from kvtool.policies.allocators import Cake, CakeRule
 from kvtool.policies.base import Method, Parts, Selector
 from kvtool.policies.scorers import Group, MeanVariance, Pool
@@ -46,8 +45,7 @@ class CAKE(Method):
         check_range(self.name, "sink", self.sink, 0)
         check_kernel(self.name, self.kernel)
         for key in ("tau1", "tau2"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"policy 'cake': {key}={getattr(self, key)} must be above 0")
+            check_range(self.name, key, getattr(self, key), 1e-3)
 
     @property
     def exact(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kvtool.errors import ConfigError
 from kvtool.policies.base import Method, Parts, Scorer, Selector
 from kvtool.policies.head_allocators import HeadScores, LayerTimesHead
 from kvtool.policies.headfile import check_path
@@ -44,8 +43,7 @@ class HACELayer(Method):
         check_range(self.name, "window", self.window, 1)
         check_kernel(self.name, self.kernel)
         for key in ("tau1", "tau2"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"policy {self.name!r}: {key}={getattr(self, key)} must be above 0")
+            check_range(self.name, key, getattr(self, key), 1e-3)
 
     def allocator(self) -> LayerTimesHead:
         """Return how the budget is shared."""
@@ -60,10 +58,9 @@ class HACELayer(Method):
 
 @dataclass(frozen=True, slots=True)
 class HACE(HACELayer):
-    """Budgets of layers and heads together: CAKE's layer preference times HeadKV's head importance.
+    """Budgets of layers and heads together: CAKE's layer preference times HeadKV's head importance, above a floor.
 
-    The users' own method, defined in ``docs/hace.md``: every head gets a floor, the rest is shared in proportion to
-    P_l^layer_power S_lh^head_power. Exact in total; what a head capped by the prompt cannot use goes to the others.
+    The users' own method, defined in ``docs/hace.md``. Exact in total; what a full head cannot use goes to the others.
     """
 
     heads: str = ""
@@ -80,9 +77,8 @@ class HACE(HACELayer):
         check_range(self.name, "head_power", self.head_power, 0)
 
     def allocator(self) -> LayerTimesHead:
-        source = HeadScores(self.heads, self.score)
-        powers = (self.layer_power, self.head_power)
-        return LayerTimesHead(source, self.window, *powers, self.floor, self.tau1, self.tau2)
+        importance, powers = HeadScores(self.heads, self.score), (self.layer_power, self.head_power)
+        return LayerTimesHead(importance, self.window, *powers, self.floor, self.tau1, self.tau2)
 
 
 @dataclass(frozen=True, slots=True)
