@@ -173,7 +173,7 @@ class LayerTimesHead(Allocator):
         free = (request.budget - request.minimum) * weights.size
         own = int(self.floor * free / weights.size)
         flat = share(request.budget * weights.size, weights.flatten().tolist(), request.minimum + own, views[0].seq_len)
-        return np.asarray(flat).reshape(shape).tolist()  # type: ignore[no-any-return]
+        return np.asarray(flat).reshape(shape).tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ class HeadTable:
         scores = self.query_scores(name)
         if scores.shape[1] % n_kv_heads:
             raise DataError(f"heads file {self.path} is of {scores.shape[1]} query heads, the model has {n_kv_heads} KV heads")
-        return scores.reshape(len(scores), n_kv_heads, -1).mean(axis=2)
+        grouped: Float = scores.reshape(len(scores), n_kv_heads, -1).mean(axis=2)
+        return grouped
 
     def _known(self) -> str:
         return ", ".join([*self.scores, *(f"{name} of KV heads" for name in self.kv_scores)]) or "no scores"

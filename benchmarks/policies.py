@@ -1,0 +1,162 @@
+"""Every policy for real, at small budgets, question-aware and question-agnostic, beside the random control.
+
+    python benchmarks/policies.py [WORK_FOLDER]
+
+The embedded model, needle prompts of 1024 tokens. Head scores come from a capture of other prompts (another seed). Resumes when
+interrupted. Accuracy: share of the answer's tokens that are right, the model being fed the right ones before; intervals and
+differences from the control by bootstrap over prompts, paired.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtool.capture.runner import CaptureConfig, run_capture
+from kvtool.classify.runner import run_classify
+from kvtool.data.tasks import load_task
+from kvtool.files import read_records
+from kvtool.infer.runner import RECORDS, InferConfig, run_infer
+from kvtool.models import LoadedModel, load_model
+from kvtool.policies import expand_policies, method_classes
+
+RESULT = Path(__file__).parent / "results" / "policies"
+LENGTH, PROMPTS, SEED, HEADS_SEED, HEADS_PROMPTS = 1024, 48, 0, 500, 16
+BUDGETS = ("4%", "6%", "10%")
+#: parameters where the defaults are meant for longer prompts
+SMALL = {"duo": "sink=4,recent=28"}
+#: beside the defaults: what explains their order, compensation at equal bytes, official rules
+VARIANTS = (
+    "snapkv:window=8",
+    "snapkv:window=8,kernel=11",
+    "cake:window=8,kernel=11",
+    "tova:window=8",
+    "hace:scorer=snapkv,window=8,kernel=11",
+    "snapkv:window=8,kernel=11,compensate=slots,block=128",
+    "snapkv:window=8,kernel=11,compensate=mean,bias=none,block=128",
+    "snapkv:window=8,kernel=11,compensate=mean,block=128",
+    "snapkv:window=8,kernel=11,compensate=weighted,block=128",
+)
+
+
+def texts(heads: Path) -> list[str]:
+    """Return every method that can run, and the variants, with a heads file where one is taken."""
+    found = []
+    for text in [*(name for name, cls in method_classes().items() if not (cls.simulate_only or cls.keeps_all)), *VARIANTS]:
+        name, _, rest = text.partition(":")
+        items = [rest, SMALL.get(name, "") if not rest else ""]
+        items += [f"heads={heads}"] if "heads" in method_classes()[name].__dataclass_fields__ else []
+        items = [item for item in items if item]
+        found.append(name + (":" + ",".join(items) if items else ""))
+    return found
+
+
+def make_heads(loaded: LoadedModel, work: Path) -> Path:
+    """Capture and classify other prompts of the same task."""
+    config = CaptureConfig("niah", "tiny", HEADS_PROMPTS, LENGTH, HEADS_SEED)
+    samples = load_task("niah", loaded.tokenizer, HEADS_PROMPTS, LENGTH, HEADS_SEED)
+    run_capture(config, loaded, samples, work / "heads.h5")
+    run_classify(work / "heads.h5", work / "heads.json")
+    return work / "heads.json"
+
+
+def measure(loaded: LoadedModel, work: Path, heads: Path, compress_at: Any) -> dict[str, dict[str, Any]]:
+    """Run everything for one query mode; return policy -> budget -> accuracies per prompt."""
+    samples = load_task("niah", loaded.tokenizer, PROMPTS, LENGTH, SEED)
+    config = InferConfig("niah", "tiny", PROMPTS, LENGTH, SEED, compress_at)
+    policies = expand_policies(texts(heads), BUDGETS, real=True)
+    run_infer(config, loaded, samples, policies, work / compress_at)
+    found: dict[str, dict[str, Any]] = {}
+    for record in read_records(work / compress_at / RECORDS):
+        method = record["method"].replace(f",heads={heads}", "").replace(f":heads={heads},", ":").replace(f":heads={heads}", "")
+        cell = found.setdefault(method, {}).setdefault(record["budget"] or "all", {"accuracy": [], "score": [], "kept": []})
+        if record["status"] == "ok":
+            cell["accuracy"].append(record["answer_accuracy"])
+            cell["score"].append(record["score"])
+            cell["kept"].append(record["retention"])
+        else:
+            cell["message"] = record["message"]
+    return found
+
+
+def cells(found: dict[str, dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return mean, interval and paired difference from the control of every policy and budget."""
+    draws, rows = rng.integers(0, PROMPTS, (2000, PROMPTS)), []
+    for method, by_budget in found.items():
+        for budget, cell in by_budget.items():
+            row: dict[str, Any] = {"method": method, "budget": budget, "message": cell.get("message")}
+            if len(cell["accuracy"]) == PROMPTS:
+                values = np.asarray(cell["accuracy"])
+                row |= {"accuracy": interval(values, draws), "score": float(np.mean(cell["score"]))}
+                row["kept"] = float(np.mean(cell["kept"]))
+                if budget in found["random"]:
+                    row["over_random"] = interval(values - np.asarray(found["random"][budget]["accuracy"]), draws)
+            rows.append(row)
+    return rows
+
+
+def interval(values: np.ndarray, draws: np.ndarray) -> list[float]:
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return [float(values.mean()), float(low), float(high)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One Markdown table: best at the largest budget first."""
+    by_method: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["budget"]] = row
+    order = sorted(
+        by_method, key=lambda m: -max((r["accuracy"][0] for r in by_method[m].values() if "accuracy" in r), default=0)
+    )
+    lines = ["| policy | " + " | ".join(f"{b} kept" for b in BUDGETS) + f" | over random at {BUDGETS[-1]} |"]
+    lines.append("| --- " * (len(BUDGETS) + 2) + "|")
+    for method in order:
+        columns = [by_method[method].get(b) or by_method[method].get("all", {}) for b in BUDGETS]
+        texts_ = [
+            "{:.2f} ({:.2f}-{:.2f})".format(*c["accuracy"]) + (f", keeps {c['kept']:.1%}" if off(c) else "")
+            if "accuracy" in c
+            else "-"
+            for c in columns
+        ]
+        over = columns[-1].get("over_random")
+        lines.append(
+            f"| `{method}` | {' | '.join(texts_)} | " + ("{:+.2f} ({:+.2f} to {:+.2f})".format(*over) if over else "") + " |"
+        )
+    return "\n".join(lines)
+
+
+def off(row: dict[str, Any]) -> bool:
+    """True where a policy kept something else than its budget."""
+    return row["budget"] != "all" and abs(row["kept"] - float(row["budget"].rstrip("%")) / 100) > 1 / LENGTH
+
+
+def main() -> None:
+    work = Path(sys.argv[1] if len(sys.argv) > 1 else "build/policies")
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    loaded, rng = load_model("tiny", device="cpu"), np.random.default_rng(0)
+    heads = make_heads(loaded, work)
+    modes = {mode: cells(measure(loaded, work, heads, mode), rng) for mode in ("prompt", "context")}
+    value = {
+        "command": "python benchmarks/policies.py",
+        "model": loaded.info.fingerprint,
+        "task": f"niah, {LENGTH} tokens, {PROMPTS} prompts, seed {SEED}; heads from {HEADS_PROMPTS} prompts of seed {HEADS_SEED}",
+        "versions": {"python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
+        "modes": modes,
+    }
+    RESULT.with_suffix(".json").write_text(json.dumps(value, indent=1) + "\n")
+    titles = {"prompt": "Question-aware (the policy sees the question)", "context": "Question-agnostic (it does not)"}
+    head = f"`{value['command']}`: embedded model, {value['task']}. Accuracy of the answer's tokens (95 % interval).\n"
+    RESULT.with_suffix(".md").write_text(head + "".join(f"\n## {titles[m]}\n\n{table(rows)}\n" for m, rows in modes.items()))
+    print(RESULT.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
