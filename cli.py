@@ -190,6 +190,7 @@ def simulate(
     capture_file: Path,
     policies: tuple[str, ...],
     retention: str,
+    heads: str,
     refine: int,
     draws: int,
     seed: int,
@@ -211,6 +212,7 @@ def simulate(
         capture=str(capture_file),
         policies=policies,
         budgets=tuple(read_budgets(retention)),
+        heads=heads,
         refine=refine,
         draws=draws,
         seed=seed,
@@ -242,6 +244,7 @@ def infer(
     compress_at: str,
     policies: tuple[str, ...],
     retention: str,
+    heads: str,
     shortlist: Path | None,
     kernel: str,
     dry_run: bool,
@@ -256,7 +259,7 @@ def infer(
     """
     from kvtool.infer.runner import InferConfig, run_infer
 
-    chosen = _shortlisted(shortlist) if shortlist else _atread_budgets(policies, retention)
+    chosen = _chosen_policies(policies, retention, heads, shortlist)
     loaded = _load(model, device, dtype)
     samples = _samples(loaded, task, n, length, seed, template)
     if dry_run:
@@ -276,16 +279,14 @@ def infer(
     _emit(as_json, summary, summary.text())
 
 
-def _atread_budgets(texts: tuple[str, ...], retention: str) -> list[Policy]:
+def _chosen_policies(texts: tuple[str, ...], retention: str, heads: str, shortlist: Path | None) -> list[Policy]:
     from kvtool.policies import expand_policies
-
-    return expand_policies(texts, read_budgets(retention), real=True)
-
-
-def _shortlisted(path: Path) -> list[Policy]:
+    from kvtool.policies.headfile import with_heads
     from kvtool.simulate.shortlist import read_shortlist
 
-    return read_shortlist(path)
+    if shortlist is None:
+        return expand_policies(texts, read_budgets(retention), real=True, heads=heads)
+    return [with_heads(policy, heads) for policy in read_shortlist(shortlist)]
 
 
 @cli.group()
@@ -366,37 +367,20 @@ def policies(ctx: click.Context, as_json: bool) -> None:
     """
     if ctx.invoked_subcommand is None:
         from kvtool.policies import method_classes
-        from kvtool.policies.describe import policy_facts
+        from kvtool.policies.describe import listing, policy_facts
 
-        rows = [policy_facts(name) for name in method_classes()]
-        width = max(len(r["name"]) for r in rows)
-        lines = [f"{r['name']:<{width}}  {r['summary']}{_parameter_text(r['parameters'])}" for r in rows]
-        _emit(as_json, rows, "\n".join(lines))
+        _emit(as_json, [policy_facts(name) for name in method_classes()], listing())
 
 
 @policies.command("show")
 @click.argument("name")
 @json_option
 def policies_show(name: str, as_json: bool) -> None:
-    """Formula, defaults, source and needs of one policy."""
-    from kvtool.policies.describe import policy_facts
+    """Formula, defaults, source, needs and study names of one policy."""
+    from kvtool.policies.describe import policy_facts, policy_options, show
 
     facts = policy_facts(name)
-    lines = [
-        f"{facts['name']}: {facts['summary']}",
-        f"  formula     {facts['formula']}",
-        f"  parameters  {_parameter_text(facts['parameters']).strip(' ()') or 'none'}",
-        f"  source      {facts['source']}",
-        f"  needs       {', '.join(facts['needs']) or 'no statistics'}",
-        f"  protects    {facts['protected']} entries at its defaults",
-        "",
-        facts["doc"],
-    ]
-    _emit(as_json, facts, "\n".join(lines))
-
-
-def _parameter_text(parameters: dict[str, Any]) -> str:
-    return f"  ({', '.join(f'{k}={v}' for k, v in parameters.items())})" if parameters else ""
+    _emit(as_json, {**facts, "options": policy_options()}, show(facts))
 
 
 @cli.command()

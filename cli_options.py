@@ -61,7 +61,9 @@ def out_option(default: str, what: str) -> Callable[[Command], Command]:
 
 def policy_options(command: Command) -> Command:
     """Which policies at which budgets."""
+    heads_help = "Heads file for policies that share by heads and name none: of kvtool classify, HeadKV or DuoAttention."
     for option in (
+        click.option("--heads", default="", metavar="FILE", help=heads_help),
         click.option(
             "--retention",
             "-r",
@@ -74,7 +76,7 @@ def policy_options(command: Command) -> Command:
             "-p",
             "policies",
             multiple=True,
-            help="Policy, e.g. snapkv:window=16 or h2o:budget=10%; repeat for several. Default: all registered.",
+            help="Policy, e.g. snapkv:window=16 or h2o_8_64_512, or its JSON or YAML file; repeat for several. Default: all.",
         ),
     ):
         command = option(command)

@@ -4,7 +4,8 @@
 
 The embedded model, needle prompts of 1024 tokens. Head scores come from a capture of other prompts (another seed). Resumes when
 interrupted. Accuracy: share of the answer's tokens that are right, the model being fed the right ones before; intervals and
-differences from the control by bootstrap over prompts, paired.
+differences from the control by bootstrap over prompts, paired. What explains the order is beside it: how much of the needle is
+left in the one KV head that looks at it when the answer is due.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtool.capture.reader import open_capture
 from kvtool.capture.runner import CaptureConfig, run_capture
 from kvtool.classify.runner import run_classify
 from kvtool.data.tasks import load_task
 from kvtool.files import read_records
 from kvtool.infer.runner import RECORDS, InferConfig, run_infer
 from kvtool.models import LoadedModel, load_model
-from kvtool.policies import expand_policies, method_classes
+from kvtool.policies import expand_policies, kept_positions, method_classes, method_key
 
 RESULT = Path(__file__).parent / "results" / "policies"
 LENGTH, PROMPTS, SEED, HEADS_SEED, HEADS_PROMPTS = 1024, 48, 0, 500, 16
@@ -59,12 +61,35 @@ def texts(heads: Path) -> list[str]:
 
 
 def make_heads(loaded: LoadedModel, work: Path) -> Path:
-    """Capture and classify other prompts of the same task."""
-    config = CaptureConfig("niah", "tiny", HEADS_PROMPTS, LENGTH, HEADS_SEED)
+    """Capture and classify other prompts of the same task; captures of both query modes stay for `evidence_kept`."""
     samples = load_task("niah", loaded.tokenizer, HEADS_PROMPTS, LENGTH, HEADS_SEED)
-    run_capture(config, loaded, samples, work / "heads.h5")
-    run_classify(work / "heads.h5", work / "heads.json")
+    modes: tuple[Any, ...] = ("prompt", "context")
+    for mode in modes:
+        config = CaptureConfig("niah", "tiny", HEADS_PROMPTS, LENGTH, HEADS_SEED, mode)
+        run_capture(config, loaded, samples, work / f"{mode}.h5")
+    run_classify(work / "prompt.h5", work / "heads.json")
     return work / "heads.json"
+
+
+def evidence_kept(work: Path, heads: Path, mode: str) -> tuple[str, dict[str, float]]:
+    """Return the KV head that retrieves, and the share of the needle that every method keeps in it at the largest budget."""
+    kv_heads = json.loads(heads.read_text())["kv_heads"]
+    best = max(kv_heads, key=lambda head: head["retrieval"])
+    shares: dict[str, float] = {}
+    with open_capture(work / f"{mode}.h5") as capture:
+        for policy in expand_policies(texts(heads), BUDGETS[-1:], real=True):
+            found = []
+            for sample in capture.samples:
+                kept = set(kept_positions(policy, sample.views())[best["layer"]][best["head"]].tolist())
+                evidence = [p for start, stop in sample.meta["evidence"] for p in range(start, stop)]
+                found.append(len(kept.intersection(evidence)) / len(evidence))
+            shares[plain(method_key(policy), heads)] = float(np.mean(found))
+    return f"{best['layer']}.{best['head']}", shares
+
+
+def plain(method: str, heads: Path) -> str:
+    """Return a method's text without the path of the heads file."""
+    return method.replace(f",heads={heads}", "").replace(f":heads={heads},", ":").replace(f":heads={heads}", "")
 
 
 def measure(loaded: LoadedModel, work: Path, heads: Path, compress_at: Any) -> dict[str, dict[str, Any]]:
@@ -75,7 +100,7 @@ def measure(loaded: LoadedModel, work: Path, heads: Path, compress_at: Any) -> d
     run_infer(config, loaded, samples, policies, work / compress_at)
     found: dict[str, dict[str, Any]] = {}
     for record in read_records(work / compress_at / RECORDS):
-        method = record["method"].replace(f",heads={heads}", "").replace(f":heads={heads},", ":").replace(f":heads={heads}", "")
+        method = plain(record["method"], heads)
         cell = found.setdefault(method, {}).setdefault(record["budget"] or "all", {"accuracy": [], "score": [], "kept": []})
         if record["status"] == "ok":
             cell["accuracy"].append(record["answer_accuracy"])
@@ -107,16 +132,21 @@ def interval(values: np.ndarray, draws: np.ndarray) -> list[float]:
     return [float(values.mean()), float(low), float(high)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One Markdown table: best at the largest budget first."""
+def table(rows: list[dict[str, Any]], head: str, evidence: dict[str, float]) -> str:
+    """One Markdown table: best first."""
     by_method: dict[str, dict[str, Any]] = {}
     for row in rows:
         by_method.setdefault(row["method"], {})[row["budget"]] = row
     order = sorted(
         by_method, key=lambda m: -max((r["accuracy"][0] for r in by_method[m].values() if "accuracy" in r), default=0)
     )
-    lines = ["| policy | " + " | ".join(f"{b} kept" for b in BUDGETS) + f" | over random at {BUDGETS[-1]} |"]
-    lines.append("| --- " * (len(BUDGETS) + 2) + "|")
+    last = BUDGETS[-1]
+    lines = [
+        "| policy | "
+        + " | ".join(f"{b} kept" for b in BUDGETS)
+        + f" | over random at {last} | needle left in head {head} at {last} |"
+    ]
+    lines.append("| --- " * (len(BUDGETS) + 3) + "|")
     for method in order:
         columns = [by_method[method].get(b) or by_method[method].get("all", {}) for b in BUDGETS]
         texts_ = [
@@ -126,9 +156,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             for c in columns
         ]
         over = columns[-1].get("over_random")
-        lines.append(
-            f"| `{method}` | {' | '.join(texts_)} | " + ("{:+.2f} ({:+.2f} to {:+.2f})".format(*over) if over else "") + " |"
-        )
+        difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*over) if over else ""
+        left = f"{evidence[method]:.0%}" if method in evidence else ""
+        lines.append(f"| `{method}` | {' | '.join(texts_)} | {difference} | {left} |")
     return "\n".join(lines)
 
 
@@ -144,17 +174,21 @@ def main() -> None:
     loaded, rng = load_model("tiny", device="cpu"), np.random.default_rng(0)
     heads = make_heads(loaded, work)
     modes = {mode: cells(measure(loaded, work, heads, mode), rng) for mode in ("prompt", "context")}
+    why = {mode: evidence_kept(work, heads, mode) for mode in modes}
     value = {
         "command": "python benchmarks/policies.py",
         "model": loaded.info.fingerprint,
         "task": f"niah, {LENGTH} tokens, {PROMPTS} prompts, seed {SEED}; heads from {HEADS_PROMPTS} prompts of seed {HEADS_SEED}",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
         "modes": modes,
+        "needle_left": {mode: {"head": head, **shares} for mode, (head, shares) in why.items()},
     }
     RESULT.with_suffix(".json").write_text(json.dumps(value, indent=1) + "\n")
     titles = {"prompt": "Question-aware (the policy sees the question)", "context": "Question-agnostic (it does not)"}
     head = f"`{value['command']}`: embedded model, {value['task']}. Accuracy of the answer's tokens (95 % interval).\n"
-    RESULT.with_suffix(".md").write_text(head + "".join(f"\n## {titles[m]}\n\n{table(rows)}\n" for m, rows in modes.items()))
+    RESULT.with_suffix(".md").write_text(
+        head + "".join(f"\n## {titles[m]}\n\n{table(rows, *why[m])}\n" for m, rows in modes.items())
+    )
     print(RESULT.with_suffix(".md").read_text())
 
 

@@ -6,20 +6,24 @@ Shapes: T prompt tokens, N tokens fed after compression, M answer tokens that co
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import AttentionCall, attention_handler, dense_attention, prepare
 from kvtool.errors import KvtoolError
 from kvtool.infer.cache import CompressedCache
 from kvtool.infer.live import Kept, PromptLayer, choose, clock, observe
+from kvtool.infer.present import window_queries
 from kvtool.infer.ragged import ROOM
 from kvtool.models import rotary
 from kvtool.policies.base import Policy
+from kvtool.policies.compensation import OBSERVED
 from kvtool.scoring import score_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvtool.policies.statistics import Rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class PromptState:
         Time of the forward pass without statistics.
     statistic_s : dict of str to float
         Time of each statistic, all layers.
+    rope : Rope or None
+        How the model rotates.
     """
 
     layers: tuple[PromptLayer, ...]
@@ -47,6 +53,7 @@ class PromptState:
     seed: int
     forward_s: float
     statistic_s: dict[str, float]
+    rope: Rope | None = None
 
     def choose(self, policy: Policy) -> Kept:
         """Return what `policy` keeps.
@@ -60,7 +67,7 @@ class PromptState:
 
     def fork(self, policy: Policy, kept: Kept, *, kernel: str = "auto", room: int = ROOM) -> CompressedCache:
         """Build a cache that holds `kept`; the state is left as it is."""
-        return CompressedCache.from_prompt(policy, self.layers, kept, kernel=kernel, room=room)
+        return CompressedCache.from_prompt(policy, self.layers, kept, kernel=kernel, room=room, rope=self.rope, seeds=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +122,12 @@ def prefill(model: Any, ids: Sequence[int], names: Iterable[str], seed: int) -> 
     import torch
 
     wanted, layers, rope = tuple(names), [], rotary(model)
+    # For policies that evict while decoding and for compensations; a few kilobytes per layer.
+    n_recent = max(window_queries(wanted), OBSERVED)
 
     def handler(call: AttentionCall) -> Tensor:
         out = dense_attention(call)
-        layers.append(observe(call, wanted, rope))
+        layers.append(observe(call, wanted, rope, n_recent))
         return out
 
     prepare(model)  # stays: the caches built from this prompt need it, and others compute what SDPA computes
@@ -130,7 +139,24 @@ def prefill(model: Any, ids: Sequence[int], names: Iterable[str], seed: int) -> 
     if [layer.layer for layer in layers] != list(range(len(layers))):
         raise KvtoolError("the model did not call kvtool's attention once per layer, in order; it cannot be compressed")
     seconds = {name: sum(layer.seconds.get(name, 0.0) for layer in layers) for name in wanted}
-    return PromptState(tuple(layers), logits.clone(), len(ids), seed, total - sum(seconds.values()), seconds)
+    return PromptState(tuple(layers), logits.clone(), len(ids), seed, total - sum(seconds.values()), seconds, rope)
+
+
+def outline(model: Any, ids: Sequence[int], seed: int) -> PromptState:
+    """Return the state of a prompt that was not run: shapes without entries.
+
+    For policies with ``chunk=n``, which run the prompt themselves and need not fit it whole into memory.
+    """
+    import torch
+
+    short = prefill(model, list(ids)[:1], (), seed)
+    layers = []
+    for layer in short.layers:
+        keys, values = (
+            torch.empty(1, t.shape[1], len(ids), t.shape[-1], dtype=t.dtype, device="meta") for t in (layer.keys, layer.values)
+        )
+        layers.append(PromptLayer(layer.layer, layer.n_heads, keys, values, layer.window, (len(ids),)))
+    return replace(short, layers=tuple(layers), seq_len=len(ids))
 
 
 def feed(model: Any, cache: CompressedCache, ids: Sequence[int], *, last_only: bool = False) -> Tensor:
@@ -174,13 +200,20 @@ def score_answer(model: Any, cache: CompressedCache, question: Sequence[int], an
     """Feed question and gold answer teacher-forced, and score the tokens that compression can change.
 
     With a question these are all answer tokens; without one the first answer token comes from the uncompressed prompt
-    and is left out.
+    and is left out (under ``chunk=n`` as well, so that all policies are scored on the same tokens). A policy that evicts
+    while decoding is fed token by token, as it generates.
     """
-    fed = [*question, *answer[:-1]]
+    import torch
+
     gold = list(answer) if question else list(answer[1:])
     if not gold:
         return AnswerScores([], [], [])
-    return score_logits(feed(model, cache, fed)[-len(gold) :], gold)
+    if cache.policy.when.decode == "evict":
+        parts = [list(question)] if question else []
+        logits = torch.cat([feed(model, cache, part)[-1:] for part in [*parts, *([token] for token in answer[:-1])]])
+    else:
+        logits = feed(model, cache, [*question, *answer[:-1]])
+    return score_logits(logits[-len(gold) :], gold)
 
 
 def score_logits(logits: Tensor, gold: Sequence[int]) -> AnswerScores:

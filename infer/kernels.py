@@ -48,7 +48,8 @@ def check_kernel(name: str) -> str:
 def pick_kernel(requested: str, store: RaggedStore) -> str:
     """Return the kernel that will run for this store.
 
-    Sliding-window layers hold true positions and need a mask of their own: they always run in SDPA buckets.
+    Sliding-window layers hold true positions and need a mask of their own, and entries with a logit bias an additive one:
+    they always run in SDPA buckets (or the reference). The name that is returned, and recorded, says so.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def pick_kernel(requested: str, store: RaggedStore) -> str:
     fit = [name for name in ("flash-attn", "torch-varlen") if _why_not(name, store) is None]
     if check_kernel(requested) == "auto":
         return fit[0] if fit else "sdpa-buckets"
-    if store.window is not None and requested in ("flash-attn", "torch-varlen"):
+    if (store.window is not None or store.bias is not None) and requested in ("flash-attn", "torch-varlen"):
         return "sdpa-buckets"
     why = _why_not(requested, store) if requested in ("flash-attn", "torch-varlen") else None
     if why is not None:
@@ -78,6 +79,8 @@ def _why_not(name: str, store: RaggedStore) -> str | None:
         return f"head dimension {width} is not a multiple of 8 up to 256"
     if store.window is not None:
         return "the layer has a sliding window"
+    if store.bias is not None:
+        return "entries have a logit bias"
     return _missing(name)
 
 
@@ -160,11 +163,14 @@ def _sdpa_bucket(queries: Tensor, store: RaggedStore, bucket: Bucket, scaling: f
 
 
 def _bucket_mask(store: RaggedStore, bucket: Bucket, n_new: int) -> Tensor | None:
-    """Return which entries each new token sees, bool ``[R or 1, N, longest]``, or None for all."""
+    """Return which entries each new token sees, bool ``[R or 1, N, longest]``, or None for all.
+
+    With logit biases: what is added to the logits, float ``[R, N, longest]``.
+    """
     import torch
 
     equal = bucket.longest == bucket.shortest
-    if equal and n_new == 1 and store.window is None:
+    if equal and n_new == 1 and store.window is None and store.bias is None:
         return None
     lengths = (bucket.lengths[:1] if equal and store.window is None else bucket.lengths) + store.grown
     columns = torch.arange(bucket.longest + store.grown, device=store.device)
@@ -173,6 +179,11 @@ def _bucket_mask(store: RaggedStore, bucket: Bucket, n_new: int) -> Tensor | Non
     if store.window is not None and store.positions is not None:
         positions = store.view(bucket, store.positions)
         visible &= positions[:, None, :] > positions.gather(1, own)[:, :, None] - store.window
+    if store.bias is not None:
+        bias = store.view(bucket, store.bias)[:, None, :].expand(-1, n_new, -1)
+        # CUDA's fused kernels take a mask in the dtype of the queries only: a bias is rounded to half precision there.
+        dtype = store.keys.dtype if store.device.type == "cuda" else torch.promote_types(store.keys.dtype, torch.float32)
+        return bias.masked_fill(~visible, float("-inf")).to(dtype)
     return visible
 
 
@@ -244,5 +255,7 @@ def reference_attention(queries: Tensor, store: RaggedStore, scaling: float) -> 
                 logits = keys[: own + 1] @ queries[seq, q, n].double() * scaling
                 if store.window is not None and row.positions is not None:
                     logits[row.positions[: own + 1] <= row.positions[own] - store.window] = float("-inf")
+                if row.bias is not None:
+                    logits += row.bias[: own + 1].double()
                 out[seq, q, n] = (torch.softmax(logits, 0) @ values[: own + 1]).to(out.dtype)
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import ConfigError
 from kvtool.infer.ragged import ROOM, RaggedStore
@@ -67,6 +67,12 @@ class PromptLayer:
         Per row, name -> float32 ``[Q or H, length]``.
     seconds : dict of str to float
         Time that each statistic took, all rows.
+    queries : Tensor ``[B, Q, w, D]`` or None
+        The last queries, for policies that go on evicting by them and compensations that refit to them.
+    scaling : float
+        Factor of the logits.
+    held : list of list of Tensor or None
+        ``[B][H]`` positions that keys and values still hold, after `narrow`; None: all.
     """
 
     layer: int
@@ -77,11 +83,41 @@ class PromptLayer:
     lengths: tuple[int, ...]
     statistics: list[dict[str, Tensor]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    queries: Tensor | None = None
+    scaling: float = 1.0
+    held: list[list[Tensor]] | None = None
+    _total: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._total = int(self.keys.shape[2])
 
     @property
     def pads(self) -> tuple[int, ...]:
         """Padding tokens at the start of each row."""
-        return tuple(int(self.keys.shape[2]) - n for n in self.lengths)
+        return tuple(self._total - n for n in self.lengths)
+
+    def where(self, kept: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Return where the kept positions ``[B][H]`` lie in keys and values."""
+        import torch
+
+        if self.held is None:
+            return [
+                [positions.to(self.keys.device) + pad for positions in row] for pad, row in zip(self.pads, kept, strict=True)
+            ]
+        pairs = [zip(held, row, strict=True) for held, row in zip(self.held, kept, strict=True)]
+        return [[torch.searchsorted(mine, positions.to(mine.device)) for mine, positions in heads] for heads in pairs]
+
+    def narrow(self, kept: list[list[Tensor]]) -> None:
+        """Let go of all entries but the positions `kept` ``[B][H]``, a part of what is held."""
+        import torch
+
+        where, width = self.where(kept), max(len(positions) for row in kept for positions in row)
+        # Rows are filled up with their last entry; nothing ever asks for it.
+        index = torch.stack([torch.stack([torch.cat([at, at[-1:].expand(width - len(at))]) for at in row]) for row in where])
+        self.keys, self.values = (
+            tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[-1])) for tensor in (self.keys, self.values)
+        )
+        self.held = [[positions.to(self.keys.device) for positions in row] for row in kept]
 
     def compressible(self, row: int) -> bool:
         """True if a policy applies: a sliding window shorter than the prompt is left alone."""
@@ -93,7 +129,7 @@ class PromptLayer:
         return LiveView(self.layer, n_layers, self.n_heads, n_kv_heads, self.lengths[row], seed, self.statistics[row])
 
 
-def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None) -> PromptLayer:
+def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None, n_recent: int = 0) -> PromptLayer:
     """Take what compression needs from the prompt's attention call of one layer.
 
     Parameters
@@ -104,6 +140,8 @@ def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None)
         Statistics to compute.
     rope : Rope or None
         How the model rotates, for statistics that look ahead.
+    n_recent : int
+        Last queries to hold.
 
     Raises
     ------
@@ -124,7 +162,8 @@ def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None)
                 found[name] = compute_statistics(inputs, [name])[name]
                 layer.seconds[name] = layer.seconds.get(name, 0.0) + clock(call.keys.device) - started
         layer.statistics.append(found)
-    layer.keys, layer.values = _own(call.keys), _own(call.values)
+    layer.keys, layer.values, layer.scaling = _own(call.keys), _own(call.values), call.scaling
+    layer.queries = call.queries[:, :, -n_recent:].detach().clone() if n_recent else None
     return layer
 
 
@@ -177,9 +216,10 @@ def choose(policy: Policy, layers: Sequence[PromptLayer], n_layers: int, seeds: 
     return kept
 
 
-def build_store(layer: PromptLayer, kept: Sequence[Sequence[Tensor]], room: int = ROOM) -> RaggedStore:
-    """Copy the kept entries of one layer into a ragged store."""
-    return RaggedStore.from_prompt(layer.keys, layer.values, kept, layer.pads, room=room, window=layer.window)
+def build_store(layer: PromptLayer, kept: Sequence[Sequence[Tensor]], room: int = ROOM, **options: Any) -> RaggedStore:
+    """Copy the kept entries of one layer into a ragged store; for the options see `RaggedStore.from_prompt`."""
+    where = layer.where(kept)
+    return RaggedStore.from_prompt(layer.keys, layer.values, kept, where, room=room, window=layer.window, **options)
 
 
 def _visible(layer: PromptLayer, row: int) -> list[Tensor]:

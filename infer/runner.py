@@ -15,6 +15,7 @@ from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, open_run, read_records
 from kvtool.models import LoadedModel, check_length, tokenizer_hash
 from kvtool.policies.base import Policy
+from kvtool.policies.headfile import check_heads
 from kvtool.policies.select import refuse_impossible
 from kvtool.progress import track
 
@@ -137,6 +138,7 @@ def run_infer(
     DataError
         No samples, or damaged records.
     """
+    from kvtool.infer.cache import check_moments
     from kvtool.infer.kernels import check_kernel
     from kvtool.infer.summary import summarize
     from kvtool.infer.units import run_samples
@@ -148,6 +150,7 @@ def run_infer(
     wanted = with_full(policies)
     for sample in samples:
         check_length(loaded.info, _n_tokens(sample, config), f"sample {sample.sample.id}")
+    check_moments(wanted, loaded.model)
     at_context = config.compress_at == "context"
     refuse_impossible(wanted, [len(s.context_ids if at_context else s.prompt_ids) for s in samples])
     resumed = open_run(folder, run_identity(config, loaded, samples, wanted), provenance(loaded))
@@ -184,7 +187,8 @@ def with_full(policies: Sequence[Policy]) -> list[Policy]:
 def run_identity(
     config: InferConfig, loaded: LoadedModel, samples: Sequence[Encoded], policies: Sequence[Policy]
 ) -> dict[str, Any]:
-    """Return everything that decides the records, as JSON values."""
+    """Return everything that decides the records, as JSON values; refuses heads files of another model."""
+    heads = check_heads(policies, loaded.info)
     prompts = hashlib.sha256()
     for encoded in samples:
         sample = encoded.sample
@@ -196,6 +200,7 @@ def run_identity(
         **dataclasses.asdict(config),
         "n_samples": len(samples),
         "policies": [str(policy) for policy in policies],
+        **({"heads": heads} if heads else {}),
         "fingerprint": loaded.info.fingerprint,
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": tokenizer_hash(loaded.tokenizer),

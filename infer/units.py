@@ -10,7 +10,7 @@ import torch
 
 from kvtool.data.tasks import sample_seed
 from kvtool.errors import ConfigError, is_out_of_memory
-from kvtool.infer.generate import PromptState, prefill
+from kvtool.infer.generate import PromptState, outline, prefill
 from kvtool.infer.measure import Gold, Unit, measure, plan
 
 if TYPE_CHECKING:
@@ -32,7 +32,13 @@ def _run_sample(loaded: LoadedModel, units: Sequence[Unit], baseline: dict[str, 
     """Prefill once, then run every unit of one sample; `baseline` is the record of the full cache if it exists."""
     state = _prefill(loaded, units)
     for unit in units:
-        record = unit.blank("oom", state) if isinstance(state, str) else _run_unit(loaded, unit, state, baseline)
+        if not isinstance(state, str):
+            record = _run_unit(loaded, unit, state, baseline)
+        elif unit.policy.when.chunk:
+            # The whole prompt did not fit into memory; a chunk at a time may.
+            record = _run_unit(loaded, unit, outline(loaded.model, unit.compressed_ids, _seed(unit)), baseline)
+        else:
+            record = unit.blank("oom", state)
         if unit.policy.method.keeps_all and baseline is None:
             baseline = record
         yield record
@@ -69,15 +75,19 @@ def _gold(unit: Unit, baseline: dict[str, Any] | None) -> Gold | None:
 
 def _prefill(loaded: LoadedModel, units: Sequence[Unit]) -> PromptState | str:
     """Run the prompt once for all units; a string says why it did not fit into memory."""
-    needs = sorted({name for unit in units for name in unit.policy.method.parts().needs()})
+    needs = sorted({name for unit in units for name in unit.policy.needs()})
     try:
-        return prefill(loaded.model, units[0].compressed_ids, needs, sample_seed(units[0].encoded.sample.id))
+        return prefill(loaded.model, units[0].compressed_ids, needs, _seed(units[0]))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         message = _one_line(error)
     _free_memory()
     return message
+
+
+def _seed(unit: Unit) -> int:
+    return sample_seed(unit.encoded.sample.id)
 
 
 def _one_line(error: BaseException) -> str:

@@ -100,6 +100,16 @@ class Allocator(ABC):
         """Return the names of the statistics that `allocate` asks for."""
         return ()
 
+    def check_files(self) -> None:
+        """Refuse files that are missing or do not hold what `allocate` needs, before anything is run.
+
+        Raises
+        ------
+        ConfigError, DataError
+            What is missing, and how to make it.
+        """
+        return
+
     @abstractmethod
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         """Return the entries to keep per (layer, KV head).
@@ -303,6 +313,12 @@ class Policy:
         """Return the fewest entries a head can have: protected sink and window, and the compensation's slots."""
         return self.compensation.minimum(min(self.method.parts().selector.protected, seq_len), seq_len)
 
+    def asked(self, seq_len: int) -> int:
+        """Return the mean entries per KV head that are asked for, whether or not they can hold the protected ones."""
+        if self.budget is not None:
+            return self.budget.resolve(seq_len)
+        return seq_len if self.method.keeps_all else round(self.method.implied_entries(seq_len))
+
     def entries(self, seq_len: int) -> int:
         """Return the mean entries per KV head for a prompt of `seq_len` tokens, slots of a compensation counted.
 
@@ -313,10 +329,8 @@ class Policy:
         ConfigError
             The budget is smaller than the protected sink and window.
         """
-        if self.budget is None:
-            return seq_len if self.method.keeps_all else round(self.method.implied_entries(seq_len))
-        entries, least = self.budget.resolve(seq_len), self.minimum(seq_len)
-        if entries < least:
+        entries, least = self.asked(seq_len), self.minimum(seq_len)
+        if self.budget is not None and entries < least:
             protected = min(self.method.parts().selector.protected, seq_len)
             slots = f" and {least - protected} slots of its compensation" if least > protected else ""
             raise ConfigError(

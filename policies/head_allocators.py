@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 HeadRule = Literal["exact", "official", "factory"]
 Float = NDArray[np.float64]
 
+NO_FILE = "a file of the model's heads is needed: add heads=FILE or --heads FILE (kvtool classify makes one)"
+
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
@@ -35,6 +37,21 @@ class HeadScores:
     def needs(self) -> tuple[str, ...]:
         """Return the statistics asked for."""
         return () if self.path else ("head_scores",)
+
+    def check(self, *, query: bool = False) -> None:
+        """Refuse a file that is missing or holds no such scores, or (`query`) none of query heads.
+
+        Raises
+        ------
+        ConfigError
+            No file is named.
+        DataError
+        """
+        if not self.path:
+            raise ConfigError(NO_FILE)
+        table = read_head_file(self.path)
+        if query or self.name not in table.kv_scores:
+            table.query_scores(self.name)
 
     def layers(self, views: Sequence[LayerView], *, query: bool = False) -> Float:
         """Return one score per view and KV head, (views, H), or per query head, (views, Q); not negative."""
@@ -79,6 +96,9 @@ class HeadImportance(Allocator):
 
     def needs(self) -> tuple[str, ...]:
         return self.source.needs()
+
+    def check_files(self) -> None:
+        self.source.check(query=self.rule != "exact")
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         if self.rule != "exact":
@@ -160,6 +180,10 @@ class LayerTimesHead(Allocator):
         layers = preference_needs(self.window) if self.layer_power else ()
         return (*layers, *(self.source.needs() if self.source and self.head_power else ()))
 
+    def check_files(self) -> None:
+        if self.source and self.head_power:
+            self.source.check()
+
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         shape = (len(views), views[0].n_kv_heads)
         weights = np.ones(shape)
@@ -198,6 +222,9 @@ class FullHeads(Allocator):
 
     def needs(self) -> tuple[str, ...]:
         return self.source.needs()
+
+    def check_files(self) -> None:
+        self.source.check()
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         gates, seq_len = self.source.layers(views), views[0].seq_len
@@ -256,6 +283,15 @@ class KindWindows(Allocator):
     def needs(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def uniform(self) -> bool:
+        """True if all heads get the same window, whatever their kind: then no file is needed."""
+        return {window for _, window in self.windows} <= {self.base}
+
+    def check_files(self) -> None:
+        if not self.uniform:
+            self.table()
+
     def table(self) -> NDArray[np.int64]:
         """Return the window of every KV head, (L, H).
 
@@ -265,7 +301,7 @@ class KindWindows(Allocator):
             The file has no kinds, or no confidence where one is asked for.
         """
         if not self.path:
-            raise ConfigError("head_windows needs the kinds of a model's heads: add heads=FILE (kvtool classify makes one)")
+            raise ConfigError(NO_FILE)
         heads = read_head_file(self.path)
         if heads.kinds is None:
             raise DataError(f"heads file {self.path} holds no kinds of heads; make one with kvtool classify")
@@ -287,15 +323,21 @@ class KindWindows(Allocator):
         )
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
-        seq_len, table = views[0].seq_len, self.table().astype(np.float64)
-        if table.shape[1] != views[0].n_kv_heads:
-            raise DataError(
-                f"heads file {self.path} is of {table.shape[1]} KV heads, the model has {views[0].n_kv_heads}; "
-                "classify a capture of this model"
-            )
-        windows = np.asarray([rows_of(table, view, self.path) for view in views])
+        seq_len, windows = views[0].seq_len, self._of(views)
         if request.implied:
             wanted = np.minimum(windows.astype(np.int64) + self.sink, seq_len)
             return np.maximum(wanted, min(request.minimum, seq_len)).tolist()  # type: ignore[no-any-return]
         flat = share(request.budget * windows.size, windows.flatten().tolist(), request.minimum, seq_len)
         return np.asarray(flat).reshape(windows.shape).tolist()  # type: ignore[no-any-return]
+
+    def _of(self, views: Sequence[LayerView]) -> Float:
+        """Return the windows of the views' heads, (views, H)."""
+        if self.uniform:
+            return np.full((len(views), views[0].n_kv_heads), float(self.base))
+        table = self.table().astype(np.float64)
+        if table.shape[1] != views[0].n_kv_heads:
+            raise DataError(
+                f"heads file {self.path} is of {table.shape[1]} KV heads, the model has {views[0].n_kv_heads}; "
+                "classify a capture of this model"
+            )
+        return np.asarray([rows_of(table, view, self.path) for view in views])

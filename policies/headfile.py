@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,9 +96,7 @@ def read_head_file(path: str) -> HeadTable:
     DataError
         Missing, damaged, or of an unknown form.
     """
-    where = Path(path)
-    if where.is_dir():
-        where = where / "full_attention_heads.tsv"
+    where = _file(path)
     try:
         stat = where.stat()
     except OSError as error:
@@ -107,16 +106,19 @@ def read_head_file(path: str) -> HeadTable:
     return _read(str(where), path, stat.st_mtime_ns, stat.st_size)
 
 
+def _file(path: str) -> Path:
+    return Path(path) / "full_attention_heads.tsv" if Path(path).is_dir() else Path(path)
+
+
 @lru_cache(maxsize=32)
 def _read(where: str, path: str, mtime: int, size: int) -> HeadTable:
     file = Path(where)
     try:
         if file.suffix == ".tsv":
             return _read_pattern(file, path)
-        # HeadKV's files hold one JSON object on the first line.
-        text = file.read_text(encoding="utf-8")
-        value = json.loads(text if text.lstrip().startswith("{\n") else text.splitlines()[0] if text.strip() else text)
-    except (OSError, ValueError, IndexError) as error:
+        # HeadKV's code reads one JSON object and ignores what follows it.
+        value, _ = json.JSONDecoder().raw_decode(file.read_text(encoding="utf-8").lstrip())
+    except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:160]
         raise DataError(f"heads file {path} cannot be read ({line}); make one with kvtool classify") from error
     if isinstance(value, dict) and value.get("schema") == SCHEMA:
@@ -170,21 +172,29 @@ def _published(value: dict[str, Any], path: str) -> HeadTable:
     scores = np.zeros((n_layers, n_heads))
     for (layer, head), key in keys.items():
         try:
-            scores[layer, head] = float(np.mean(np.asarray(value[key], dtype=np.float64)))
+            samples = np.asarray(value[key], dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise DataError(f"heads file {path}: the scores of head {key} are not numbers") from error
-    if not np.isfinite(scores).all():
-        raise DataError(f"heads file {path} has heads without scores")
+        if not samples.size or not np.isfinite(samples).all():
+            raise DataError(f"heads file {path}: head {key} has no scores, or some that are not finite")
+        scores[layer, head] = samples.mean()
     return HeadTable(path, {"importance": scores}, {})
 
 
 def _read_pattern(file: Path, path: str) -> HeadTable:
     """DuoAttention: gates of KV heads, clipped to 0 ... 1 as its code does when it loads them."""
-    gates = np.clip(np.atleast_2d(np.loadtxt(file, delimiter="\t", dtype=np.float64)), 0.0, 1.0)
+    rows = [
+        [float(cell) for cell in line.split("\t")] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    if not rows or len({len(row) for row in rows}) != 1 or not np.isfinite(rows).all():
+        raise ValueError("rows of equally many finite gates, one per KV head, are needed")
+    gates = np.clip(np.asarray(rows), 0.0, 1.0)
     sizes = None
     config = file.with_name("config.json")
     if config.is_file():
         value = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("config.json holds no settings")
         if "sink_size" in value and "recent_size" in value:
             sizes = (int(value["sink_size"]), int(value["recent_size"]))
     return HeadTable(path, {}, {"gate": gates, "importance": gates, "retrieval": gates}, streaming=sizes)
@@ -213,30 +223,63 @@ def check_path(name: str, path: str) -> None:
         raise ConfigError(f"policy {name!r}: heads={path!r} holds a comma, which separates parameters; rename the file")
 
 
-def needs_heads(policy: Policy) -> bool:
-    """Return True for a policy whose method wants a heads file and has none."""
-    return getattr(policy.method, "heads", None) == ""
+class ModelShape(Protocol):
+    """What a heads file is checked by; `kvtool.models.ModelInfo` is one."""
+
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
 
 
-def check_heads(policies: list[Policy], fingerprint: str, model_id: str) -> dict[str, str]:
-    """Read every heads file that the policies name and refuse those of another model.
+def with_heads(policy: Policy, path: str) -> Policy:
+    """Return the policy with that heads file, if its method takes one and names none yet."""
+    if not path or getattr(policy.method, "heads", None) != "":
+        return policy
+    return replace(policy, method=replace(policy.method, heads=path))  # type: ignore[call-arg]
+
+
+def check_heads(policies: Sequence[Policy], model: ModelShape) -> dict[str, str]:
+    """Read every heads file that the policies name and refuse those that cannot serve them, or are of another model.
 
     Returns
     -------
     dict of str to str
-        Path -> hash of its content, for a run's provenance.
+        Path -> hash of its content. Part of a run's identity: what was found with another file is not mixed.
 
     Raises
     ------
+    ConfigError
+        A policy that needs a file names none.
     DataError
-        A file that cannot be read, or of another model.
+        A file that cannot be read, lacks what the policy needs, or is of another model.
     """
     hashes: dict[str, str] = {}
-    for path in dict.fromkeys(path for p in policies if (path := getattr(p.method, "heads", ""))):
-        table = read_head_file(path)
-        if table.fingerprint is not None and table.fingerprint != fingerprint:
-            raise DataError(f"heads file {path} is of {table.model_id}, not of {model_id}; classify a capture of this model")
-        file = Path(path)
-        content = (file / "full_attention_heads.tsv" if file.is_dir() else file).read_bytes()
-        hashes[path] = hashlib.sha256(content).hexdigest()[:16]
+    for policy in policies:
+        policy.method.parts().allocator.check_files()
+        path = getattr(policy.method, "heads", "")
+        if path and path not in hashes:
+            _check_model(read_head_file(path), model)
+            hashes[path] = hashlib.sha256(_file(path).read_bytes()).hexdigest()[:16]
     return hashes
+
+
+def _check_model(table: HeadTable, model: ModelShape) -> None:
+    """Refuse a table of another model; published files name none, their shape has to do."""
+    if table.fingerprint is not None and table.fingerprint != model.fingerprint:
+        raise DataError(
+            f"heads file {table.path} is of {table.model_id}, not of {model.model_id}; classify a capture of this model"
+        )
+    for scores, n_heads, what in ((table.scores, model.n_heads, "query"), (table.kv_scores, model.n_kv_heads, "KV")):
+        for found in scores.values():
+            if found.shape != (model.n_layers, n_heads):
+                raise DataError(
+                    f"heads file {table.path} is of {found.shape[0]} layers with {found.shape[1]} {what} heads, "
+                    f"{model.model_id} has {model.n_layers} with {n_heads}"
+                )

@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 
 #: A budget in a policy's values that says: the method's own number of entries.
 OWN = "own"
-#: Sink entries of the head-window study.
+#: Sink entries of the head-window study, and the windows of its group G.
 SINK = 4
+STUDY_WINDOWS = {"positional": 16, "mixed": 64, "gathering": 256}
 SUFFIXES = (".json", ".yaml", ".yml")
 
-_NUMBER = r"(\d+)"
-_SHARE = r"(\d*\.?\d+)"
 PATTERNS: dict[str, str] = {
-    "baseline": "baseline",
-    "h2o": rf"h2o_{_NUMBER}_{_NUMBER}_{_NUMBER}",
-    "streaming": rf"streaming_{_NUMBER}_{_NUMBER}",
-    "A": rf"A_window_{_NUMBER}",
-    "B": rf"B_streaming_{_NUMBER}",
-    "G": rf"G_conf{_SHARE}_base{_NUMBER}",
-    "IJ": rf"[IJ]_pos{_NUMBER}_mix{_NUMBER}_g{_NUMBER}",
-    "K": rf"K_uniform{_NUMBER}_aware",
-    "ablation": rf"ablation_c{_NUMBER}_w{_NUMBER}(?:_b{_NUMBER}|_b?(fullc))?_k{_NUMBER}_(max|avg)pool",
+    "baseline": r"baseline",
+    "h2o": r"h2o_(?P<sink>\d+)_(?P<window>\d+)_(?P<capacity>\d+)",
+    "streaming": r"streaming_(?P<sink>\d+)_(?P<window>\d+)",
+    "A": r"A_window_(?P<window>\d+)",
+    "B": r"B_streaming_(?P<window>\d+)",
+    "G": r"G_conf(?P<confidence>\d*\.?\d+)_base(?P<base>\d+)",
+    "IJ": r"[IJ]_pos(?P<positional>\d+)_mix(?P<mixed>\d+)_g(?P<gathering>\d+)",
+    "K": r"K_uniform(?P<base>\d+)_aware",
+    "ablation": r"ablation_c(?P<capacity>\d+)_w(?P<window>\d+)(?:_b(?P<block>\d+)|_b?(?P<full>fullc))?"
+    r"_k(?P<kernel>\d+)_(?P<pool>max|avg)pool",
 }
 #: How each of them is written, for messages and listings.
 FORMS: dict[str, str] = {
@@ -87,53 +87,53 @@ def study_values(name: str) -> dict[str, Any] | None:
     """
     for form, pattern in PATTERNS.items():
         if match := re.fullmatch(pattern, name):
-            return _values(form, name, [g for g in match.groups()])
+            return _values(form, name, match.groupdict())
     return None
 
 
-def _values(form: str, name: str, parts: list[str | None]) -> dict[str, Any]:
+def _values(form: str, name: str, said: dict[str, str | None]) -> dict[str, Any]:
+    """Return the values of a policy from what its name says."""
+    number = {key: int(value) for key, value in said.items() if value and value.isdigit()}
     if form == "baseline":
         return {"name": "full"}
     if form == "ablation":
-        capacity, window, block, full, kernel, pool = parts
-        plain = {"name": "snapkv", "budget": _entries(capacity), "window": window, "kernel": kernel, "pool": pool}
-        if block is None and full is None:
-            return plain
-        return {**plain, "compensate": "mean", "block": "full" if full else block, "bias": "none"}
+        compensated = {"compensate": "mean", "block": "full" if said["full"] else said["block"], "bias": "none"}
+        plain = {"name": "snapkv", "budget": _entries(number["capacity"])} | {k: said[k] for k in ("window", "kernel", "pool")}
+        return plain | (compensated if compensated["block"] else {})
     if form == "h2o":
-        sink, window, capacity = (int(part or 0) for part in parts)
-        if capacity < sink + window:
+        if number["capacity"] < number["sink"] + number["window"]:
             raise ConfigError(
-                f"policy {name!r}: a capacity of {capacity} is smaller than sink {sink} + window {window}; "
-                f"the form is {FORMS['h2o']}, the capacity counts both"
+                f"policy {name!r}: a capacity of {number['capacity']} is smaller than sink {number['sink']} + window "
+                f"{number['window']}; the form is {FORMS['h2o']}, the capacity counts both"
             )
-        return {"name": "h2o", "budget": _entries(capacity), "sink": sink, "window": window, **_ROLLING}
+        return {
+            "name": "h2o",
+            "budget": _entries(number["capacity"]),
+            "sink": said["sink"],
+            "window": said["window"],
+        } | _ROLLING
     if form == "A":
-        return {"name": "window", "budget": _entries(parts[0]), **_ROLLING}
+        return {"name": "window", "budget": _entries(number["window"])} | _ROLLING
     if form in ("streaming", "B"):
-        sink, window = (SINK, int(parts[0] or 0)) if form == "B" else (int(parts[0] or 0), int(parts[1] or 0))
-        return {"name": "streaming", "budget": _entries(sink + window), "sink": sink, **_ROLLING}
-    confidence: Any = 0
+        sink = number.get("sink", SINK)
+        return {"name": "streaming", "budget": _entries(sink + number["window"]), "sink": sink} | _ROLLING
     if form == "G":
-        confidence, base = parts
-        windows: tuple[Any, ...] = (16, 64, 256)
+        windows: dict[str, Any] = dict(STUDY_WINDOWS, base=said["base"], confidence=said["confidence"])
     elif form == "K":
-        windows, base = (parts[0],) * 3, parts[0]
+        windows = dict.fromkeys((*STUDY_WINDOWS, "base"), said["base"])
     else:
         # Kinds that the study did not have (heads that rest on the first tokens) get the window of mixed heads.
-        windows, base = tuple(parts), parts[1]
-    named = dict(zip(("positional", "mixed", "gathering"), windows, strict=True))
-    own = {"base": base, "confidence": confidence, "sink": SINK}
-    return {"name": "head_windows", "budget": OWN, **named, **own, **_ROLLING}
+        windows = dict(said, base=said["mixed"])
+    return {"name": "head_windows", "budget": OWN, "confidence": 0, "sink": SINK} | windows | _ROLLING
 
 
-def _entries(number: str | int | None) -> str:
-    return f"{int(number or 0)}entries"
+def _entries(number: int) -> str:
+    return f"{number}entries"
 
 
 def study_names(policy: Policy) -> tuple[str, ...]:
     """Return all study names of a policy, the usual one first; a heads file does not matter to a name."""
-    values = {**policy.method.parameters()}
+    values = policy.method.parameters()
     kind, entries = policy.method.name, policy.budget.entries if policy.budget else None
     found: list[str] = []
     if kind == "full":
@@ -161,11 +161,9 @@ def _ablation_names(policy: Policy, entries: int) -> list[str]:
 
 def _window_names(values: Mapping[str, Any]) -> list[str]:
     positional, mixed, gathering, base = (values[key] for key in ("positional", "mixed", "gathering", "base"))
-    if values["confidence"] > 0:
-        return [f"G_conf{values['confidence']:g}_base{base}"]
     letters = "IJ" if positional > gathering else "JI"
-    uniform = [f"K_uniform{base}_aware"] if positional == mixed == gathering == base else []
-    return uniform + [f"{letter}_pos{positional}_mix{mixed}_g{gathering}" for letter in letters]
+    by_kind = [f"{letter}_pos{positional}_mix{mixed}_g{gathering}" for letter in letters]
+    return [f"K_uniform{base}_aware", *by_kind, f"G_conf{values['confidence']:g}_base{base}"]
 
 
 def _same(policy: Policy, name: str) -> bool:

@@ -6,21 +6,33 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from kvtool.errors import ConfigError, near_matches
+from kvtool.errors import ConfigError, DataError, near_matches
 from kvtool.policies.base import Method, Policy
 from kvtool.policies.budget import Budget
 from kvtool.policies.compensation import Compensation
+from kvtool.policies.headfile import with_heads
+from kvtool.policies.names import OWN, is_policy_file, policy_file_values, study_values
 from kvtool.policies.registry import method_class, method_classes
 from kvtool.policies.when import When
+from kvtool.progress import say
 
 #: Options that every method takes beside its own parameters, in the order of the text form.
 OPTIONS: tuple[type[Compensation] | type[When], ...] = (Compensation, When)
 
 
 def parse_policy(text: str) -> Policy:
-    """Read ``name`` or ``name:key=value,...``; ``budget`` is one of the keys."""
+    """Read ``name`` or ``name:key=value,...``; ``budget`` is one of the keys.
+
+    The name is a registered method, a study's name such as ``h2o_8_64_512``, or the path of a policy's JSON or YAML file; see
+    `kvtool.policies.names`.
+    """
+    return policy_from_dict(text_values(text))
+
+
+def text_values(text: str) -> dict[str, Any]:
+    """Return the dict form of a text form; a study's name and a file bring their values."""
     name, _, rest = text.strip().partition(":")
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
@@ -28,12 +40,30 @@ def parse_policy(text: str) -> Policy:
         if key.strip() in values:
             raise ConfigError(f"policy {text!r}: {key.strip()!r} is given twice")
         values[key.strip()] = value.strip()
-    return policy_from_dict({"name": name.strip(), **values})
+    name = name.strip()
+    if is_policy_file(name):
+        # The command line has the last word.
+        return {**policy_file_values(name), **values}
+    named = study_values(name)
+    if named is None:
+        return {"name": name, **values}
+    if said := [key for key in values if key in named and values[key] != str(named[key])]:
+        raise ConfigError(
+            f"policy {text!r}: the name {name!r} already says {', '.join(f'{k}={named[k]}' for k in said)}; "
+            f"write {named['name']}:... to choose freely"
+        )
+    return {**named, **values}
 
 
 def format_policy(policy: Policy) -> str:
     """Return the shortest text that `parse_policy` reads back: budget, then the parameters that differ from the default."""
-    return _format_policy(policy, [] if policy.budget is None else [f"budget={policy.budget}"])
+    return _format_policy(policy, [f"budget={budget}" for budget in _budget(policy)])
+
+
+def _budget(policy: Policy) -> list[str]:
+    """Return the budget's text, if the policy has one; a method's own number of entries is said too."""
+    own = [OWN] if policy.method.implies_budget else []
+    return own if policy.budget is None else [str(policy.budget)]
 
 
 def _format_policy(policy: Policy, items: list[str]) -> str:
@@ -53,6 +83,7 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
     rest = dict(values)
     cls = method_class(str(rest.pop("name", "")))
     budget = rest.pop("budget", None)
+    budget = None if budget == OWN else budget
     owners = {f.name: owner for owner in (*OPTIONS, cls) for f in dataclasses.fields(owner)}
     arguments: dict[type, dict[str, Any]] = {owner: {} for owner in (*OPTIONS, cls)}
     for key, value in rest.items():
@@ -75,7 +106,7 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """Return the dict form: every parameter of the method spelled out, and the options that differ from the default."""
-    budget = {} if policy.budget is None else {"budget": str(policy.budget)}
+    budget = dict.fromkeys(("budget",), text[0]) if (text := _budget(policy)) else {}
     options = {**_changed(policy.compensation), **_changed(policy.when)}
     return {"name": policy.method.name, **budget, **policy.method.parameters(), **options}
 
@@ -128,17 +159,21 @@ def check_kernel(name: str, kernel: int) -> None:
         raise ConfigError(f"policy {name!r}: kernel={kernel} is even; an odd kernel keeps scores aligned with positions")
 
 
-def expand_policies(texts: Sequence[str], budgets: Sequence[str], *, real: bool = False) -> list[Policy]:
+def expand_policies(texts: Sequence[str], budgets: Sequence[str], *, real: bool = False, heads: str = "") -> list[Policy]:
     """Read policies; those without a budget are taken at each of `budgets`. Without texts: every registered method.
 
     Parameters
     ----------
     texts : sequence of str
-        Text forms, with or without a budget.
+        Text forms, with or without a budget; names of studies and files of policies bring theirs. ``budget=own`` asks for a
+        method's own number of entries.
     budgets : sequence of str
         Text forms of budgets.
     real : bool
         For real inference: methods that can only be simulated are refused, or left out of the default.
+    heads : str
+        Heads file for the policies that take one and name none. Without texts, methods that cannot do without are left out, and
+        it is said.
 
     Returns
     -------
@@ -148,18 +183,37 @@ def expand_policies(texts: Sequence[str], budgets: Sequence[str], *, real: bool 
     Raises
     ------
     ConfigError
-        A text that cannot be read, or a policy that cannot run for real.
+        A text that cannot be read, or a policy that cannot run for real or lacks its heads file.
+    DataError
+        A file that cannot be read or does not hold what a policy needs.
     """
+    names = [name for name, cls in method_classes().items() if not (real and cls.simulate_only)]
     policies: dict[Policy, None] = {}
-    for text in texts or [name for name, cls in method_classes().items() if not (real and cls.simulate_only)]:
-        name, _, rest = text.partition(":")
-        has_budget = any(item.partition("=")[0].strip() == "budget" for item in rest.split(","))
-        if has_budget or method_class(name.strip()).keeps_all:
-            policies[parse_policy(text)] = None
-            continue
-        for budget in budgets:
-            policies[parse_policy(f"{name}:budget={budget}" + (f",{rest}" if rest else ""))] = None
+    for text in texts or names:
+        values = text_values(text)
+        fixed = "budget" in values or method_class(str(values["name"])).keeps_all
+        for each in [values] if fixed else [{**values, "budget": budget} for budget in budgets]:
+            policies[with_heads(policy_from_dict(each), heads)] = None
     for policy in policies if real else ():
         if policy.method.simulate_only:
             raise ConfigError(f"policy {policy}: {policy.method.name!r} looks into the future; only kvtool simulate can run it")
-    return list(policies)
+    return _with_files(list(policies), refuse=bool(texts))
+
+
+def _with_files(policies: list[Policy], *, refuse: bool) -> list[Policy]:
+    """Refuse policies without the files they need, or leave them out and say so."""
+    lacking: dict[str, list[str]] = {}
+    able = []
+    for policy in policies:
+        try:
+            policy.method.parts().allocator.check_files()
+        except (ConfigError, DataError) as error:
+            if refuse:
+                raise type(error)(f"policy {policy}: {error}") from error
+            names = lacking.setdefault(str(error), [])
+            names += [policy.method.name] if policy.method.name not in names else []
+        else:
+            able.append(policy)
+    for reason, names in lacking.items():
+        say(f"policies: without {', '.join(names)}: {reason}")
+    return able

@@ -128,7 +128,7 @@ def kept_sums(table: ProbeTable, order: Int, counts: Int) -> Float:
     return sums
 
 
-def curves(table: ProbeTable, order: Int, counts: Int) -> Curves:
+def curves(table: ProbeTable, order: Int, counts: Int, added: Float | None = None) -> Curves:
     """Predict N configurations that share one order per head.
 
     Parameters
@@ -137,14 +137,18 @@ def curves(table: ProbeTable, order: Int, counts: Int) -> Curves:
     order : ndarray of shape (L, H, T)
     counts : ndarray of shape (N, L, H)
         Entries kept per layer and KV head; they may differ per head.
+    added : ndarray of shape (N, L, H, 2 G P), optional
+        Attention and gain of entries that stand for evicted ones. They are no part of the recall.
     """
     sums = kept_sums(table, order, counts)
     columns = sums.shape[-1] // 2
+    kept_attention = sums[..., :columns]
+    sums = sums if added is None else sums + added
     attention, gain = sums[..., :columns], sums[..., columns:]
     change = _mean_gain(gain + table.own_gain, attention + table.own_attention) - table.full_gain
     negative = -np.minimum(change, 0.0).sum(axis=(2, 3))
     prompt_mass = table.rows[..., :columns].sum(axis=2, dtype=np.float64)
-    share = np.divide(attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)
+    share = np.divide(kept_attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)
     return Curves(
         harm=negative.sum(axis=1),
         margin_change=change.sum(axis=(1, 2, 3)),

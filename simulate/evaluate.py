@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtool.errors import ConfigError
 from kvtool.policies import kept_counts
+from kvtool.policies.when import When
 from kvtool.simulate.curves import ProbeTable, curves, probe_table
+from kvtool.simulate.representatives import Stand, floored_share, representative_sums, stand_of
 
 if TYPE_CHECKING:
     from kvtool.capture.reader import CapturedSample, CapturedView
@@ -34,6 +37,8 @@ class Prediction:
     degenerate : bool
         Nothing is left to choose.
     message : str or None
+    note : str or None
+        What the figures leave out or take for granted.
     """
 
     entries: float
@@ -44,6 +49,7 @@ class Prediction:
     recall: float | None = None
     degenerate: bool = False
     message: str | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -104,10 +110,14 @@ def _evaluate_group(
     parts = members[0][1].method.parts()
     scores = [parts.scorer.score(view) for view in views]
     for index, policy in members:
+        if policy.when.chunk:
+            asked = policy.asked(seq_len)
+            found[index] = Prediction(asked, asked / seq_len, message=_NO_CHUNKS.format(policy=policy))
+            continue
         try:
             per_head = kept_counts(policy, views, scores)
         except ConfigError as error:
-            asked = seq_len if policy.budget is None else policy.budget.resolve(seq_len)
+            asked = policy.asked(seq_len)
             found[index] = Prediction(asked, asked / seq_len, degenerate=True, message=str(error))
             continue
         counts.append(np.asarray(per_head, dtype=np.int64))
@@ -115,9 +125,11 @@ def _evaluate_group(
     if ready:
         orders = np.stack([parts.selector.order(score).numpy() for score in scores])
         stacked = np.stack(counts)
-        result = curves(table, orders, stacked)
+        stands = {k: stand for k, (_, policy) in enumerate(ready) if (stand := stand_of(policy, views)) is not None}
+        added = representative_sums(table, orders, stacked, stands) if stands else None
+        result = curves(table, orders, stacked, added)
         for k, (index, policy) in enumerate(ready):
-            entries = float(stacked[k].mean())
+            entries = float(stacked[k].mean()) + (_mean_slots(policy, stacked[k], stands[k]) if k in stands else 0.0)
             found[index] = Prediction(
                 entries=entries,
                 retention=entries / seq_len,
@@ -126,5 +138,32 @@ def _evaluate_group(
                 layer_harm=float(result.layer_harm[k]),
                 recall=float(result.recall[k]),
                 degenerate=policy.is_degenerate(seq_len),
+                note=_note(policy, table),
             )
     return found
+
+
+_NO_CHUNKS = (
+    "policy {policy}: a capture holds the statistics of the whole prompt, chunk= sees it in parts; run it with kvtool infer, or "
+    "remove chunk="
+)
+
+
+def _mean_slots(policy: Policy, counts: NDArray[np.int64], stand: Stand) -> float:
+    """Return the representatives per KV head of one configuration, mean over layers and heads."""
+    slots = np.vectorize(lambda kept: policy.compensation.slots(int(kept), stand.seq_len))(counts)
+    return float(np.where(stand.gated, 0, slots).mean())
+
+
+def _note(policy: Policy, table: ProbeTable) -> str | None:
+    """Say what the first-order figures leave out: of a compensation, and of what happens while decoding."""
+    if policy.when != When():
+        return "predicted as what it keeps of the prompt: what happens while decoding shows when the configuration is run"
+    kind = policy.compensation.compensate
+    if kind in ("merge", "refit"):
+        return (
+            f"predicted as its kept entries alone: what {kind} changes in them shows when the configuration is refined or run"
+        )
+    if kind in ("mean", "weighted") and (share := floored_share(table)):
+        return f"{share:.1%} of the captured attention is below the file's precision and taken as its smallest number"
+    return None

@@ -1,10 +1,11 @@
 """The middle tier: the answer's exact loss under compression, by masked teacher-forced forwards, without generation.
 
 The prompt is prefilled once per sample. Then many configurations go through in one batch: they share the prompt's keys and
-values and differ in which entries their masks show, so a configuration costs a few tokens.
+values and differ in which entries their masks show, so a configuration costs a few tokens. What a compensation puts in the
+place of evicted or kept entries comes as extra columns of its own configuration.
 
 Shapes: C configurations of one batch, L layers, Q query heads, H KV heads, G = Q / H, T prompt positions, P fed tokens,
-M scored answer tokens, D head dimension.
+M scored answer tokens, X extra entries, D head dimension.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import AttentionCall, attention_handler, dense_attention, seen_cache
 from kvtool.policies import Policy, kept_positions
+from kvtool.policies.leftovers import HeadEntries, LayerTensors, compensate_layer
 from kvtool.scoring import score_tokens
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvtool.capture.reader import CapturedSample
+    from kvtool.capture.reader import CapturedSample, CapturedView
     from kvtool.models import LoadedModel
 
 #: Elements of one layer's logits [C, Q, P, T]: 256 MB in float32.
@@ -73,89 +75,180 @@ def refine_sample(loaded: LoadedModel, sample: CapturedSample, policies: Sequenc
     fed, gold = [*rest, *answer[:-1]], answer if rest else answer[1:]
     if not gold:
         return [Refined(0.0, 0.0, 1.0, 1.0, 0.0) for _ in policies]
-    keys, values = _prefill(loaded, prompt)
-    results: list[Refined] = []
+    layers = _prefill(loaded, prompt)
+    results: dict[int, Refined] = {}
     full: Tensor | None = None
-    n_batch = max(2, BATCH_ELEMENTS // (loaded.info.n_heads * len(fed) * len(prompt)))
-    for batch in _batches(policies, n_batch - 1):
-        # The full cache goes first in every batch of masks, as the reference of the divergence.
-        masks = _masks(sample, [Policy.parse("full"), *batch], loaded)
-        logits = _forward(loaded, fed, keys, values, masks)[:, -len(gold) :].float()
+    for batch in _batches(policies, loaded, len(fed), len(prompt)):
+        # The full cache goes first in every batch, as the reference of the divergence.
+        members = [Policy.parse("full"), *(policies[i] for i in batch)]
+        logits = _forward(loaded, fed, layers, _shown(sample, members, layers))[:, -len(gold) :].float()
         full = logits[0].log_softmax(-1) if full is None else full
-        results += _score(logits[1:], full, torch.tensor(gold, device=logits.device))
-    return results
+        results |= zip(batch, _score(logits[1:], full, torch.tensor(gold, device=logits.device)), strict=True)
+    return [results[i] for i in range(len(policies))]
 
 
-def _batches(policies: Sequence[Policy], size: int) -> Iterator[Sequence[Policy]]:
-    for start in range(0, len(policies), size):
-        yield policies[start : start + size]
+def _batches(policies: Sequence[Policy], loaded: LoadedModel, n_fed: int, seq_len: int) -> Iterator[list[int]]:
+    """Yield the indices of policies that go through together; those with extra entries apart, as they need more memory."""
+    info = loaded.info
+    n_logits = info.n_heads * n_fed * seq_len
+    n_extra = info.n_kv_heads * seq_len * 2 * info.head_dim
+    for compensated in (False, True):
+        members = [i for i, policy in enumerate(policies) if policy.compensation.active == compensated]
+        size = max(1, BATCH_ELEMENTS // (n_logits + compensated * n_extra) - 1)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
-def _prefill(loaded: LoadedModel, prompt: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the prompt once; return post-RoPE keys and values ``[H, T, D]`` per layer."""
+def _prefill(loaded: LoadedModel, prompt: Sequence[int]) -> list[LayerTensors]:
+    """Run the prompt once; return post-RoPE keys, values and last queries per layer."""
     import torch
 
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    layers: list[LayerTensors] = []
 
     def handler(call: AttentionCall) -> Tensor:
-        keys.append(call.keys[0].contiguous())
-        values.append(call.values[0].contiguous())
+        keys, values = call.keys[0].contiguous(), call.values[0].contiguous()
+        layers.append(LayerTensors.of_prompt(call.queries[0], keys, values, call.scaling))
         return dense_attention(call)
 
     with torch.no_grad(), attention_handler(loaded.model, handler):
         loaded.model.base_model(input_ids=torch.tensor([list(prompt)], device=loaded.device), use_cache=False)
-    return keys, values
+    return layers
 
 
-def _masks(sample: CapturedSample, policies: Sequence[Policy], loaded: LoadedModel) -> list[Tensor]:
-    """Return per layer which entries each configuration keeps, bool ``[C, H, T]``; untouched layers keep all."""
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """Entries that configurations of a batch have beside the prompt's own, padded to the most of any head.
+
+    Attributes
+    ----------
+    keys, values : Tensor ``[C, H, X, D]``
+    positions : Tensor ``[C, H, X]``
+    bias : Tensor ``[C, H, X]``
+        float32; -inf for padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What the configurations of a batch show of one layer.
+
+    Attributes
+    ----------
+    mask : Tensor ``[C, H, T]``
+        Which prompt entries are there as they are.
+    view : CapturedView or None
+        None for layers that no policy touches.
+    kept : dict of int to list of Tensor
+        Kept positions of the configurations with a compensation.
+    policies : sequence of C Policy
+    """
+
+    mask: Tensor
+    view: CapturedView | None
+    kept: dict[int, list[Tensor]]
+    policies: Sequence[Policy]
+
+    def extras(self, tensors: LayerTensors) -> _Extras | None:
+        """Compute the extra entries; one layer's only are held at a time."""
+        import torch
+
+        if self.view is None or not self.kept:
+            return None
+        found: dict[tuple[int, int], HeadEntries] = {}
+        for c, kept in self.kept.items():
+            heads, _ = compensate_layer(self.policies[c].compensation, self.view, tensors, kept)
+            found |= {(c, h): head for h, head in enumerate(heads)}
+        most = max(len(entries.keys) for entries in found.values())
+        n_config, n_kv, _ = self.mask.shape
+        keys, values = (t.new_zeros(n_config, n_kv, most, t.shape[-1]) for t in (tensors.keys, tensors.values))
+        positions = torch.zeros(n_config, n_kv, most, dtype=torch.int64, device=keys.device)
+        bias = torch.full((n_config, n_kv, most), float("-inf"), device=keys.device)
+        for place, entries in found.items():
+            n = len(entries.keys)
+            keys[place][:n], values[place][:n], positions[place][:n] = entries.keys, entries.values, entries.positions
+            bias[place][:n] = 0.0 if entries.bias is None else entries.bias
+        return _Extras(keys, values, positions, bias)
+
+
+def _shown(sample: CapturedSample, policies: Sequence[Policy], layers: Sequence[LayerTensors]) -> list[_Shown]:
+    """Return per layer what each configuration keeps; untouched layers keep all."""
     import torch
 
-    views, info = sample.views(), loaded.info
-    masks = [torch.ones(len(policies), info.n_kv_heads, sample.seq_len, dtype=torch.bool) for _ in range(info.n_layers)]
+    views, device = sample.views(), layers[0].keys.device
+    by_layer = {view.layer: view for view in views}
+    n_kv = int(layers[0].keys.shape[0])
+    masks = [torch.ones(len(policies), n_kv, sample.seq_len, dtype=torch.bool) for _ in layers]
+    kept: list[dict[int, list[Tensor]]] = [{} for _ in layers]
     for c, policy in enumerate(policies):
         for view, heads in zip(views, kept_positions(policy, views) if views else [], strict=True):
             masks[view.layer][c] = False
+            if policy.compensation.active:
+                # All of its entries come as extra ones: kept ones may have changed, too.
+                kept[view.layer][c] = heads
+                continue
             for h, positions in enumerate(heads):
                 masks[view.layer][c, h, positions] = True
-    return [mask.to(loaded.device) for mask in masks]
+    return [_Shown(masks[i].to(device), by_layer.get(i), kept[i], policies) for i in range(len(layers))]
 
 
-def _forward(loaded: LoadedModel, fed: Sequence[int], keys: list[Tensor], values: list[Tensor], masks: list[Tensor]) -> Tensor:
+def _forward(loaded: LoadedModel, fed: Sequence[int], layers: Sequence[LayerTensors], shown: Sequence[_Shown]) -> Tensor:
     """Feed the tokens once per configuration; return logits ``[C, P, V]``."""
     import torch
 
     def handler(call: AttentionCall) -> Tensor:
-        return _attend(call, keys[call.layer], values[call.layer], masks[call.layer])
+        return _attend(call, layers[call.layer], shown[call.layer])
 
-    ids = torch.tensor([list(fed)], device=loaded.device).expand(len(masks[0]), -1)
+    ids = torch.tensor([list(fed)], device=loaded.device).expand(len(shown[0].mask), -1)
     with torch.no_grad(), attention_handler(loaded.model, handler):
-        cache: Any = seen_cache(int(keys[0].shape[1]), len(keys))
+        cache: Any = seen_cache(int(layers[0].keys.shape[1]), len(layers))
         return loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits  # type: ignore[no-any-return]
 
 
-def _attend(call: AttentionCall, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of the fed tokens over the shared prompt, masked per configuration, and over their own entries."""
+def _attend(call: AttentionCall, layer: LayerTensors, shown: _Shown) -> Tensor:
+    """Attention of the fed tokens over the shared prompt, masked per configuration, over extra and over their own entries."""
     import torch
 
     n_config, n_heads, n_fed, dim = call.queries.shape
-    n_kv, seq_len, _ = keys.shape
+    n_kv, seq_len, _ = layer.keys.shape
     group = n_heads // n_kv
     queries = (call.queries.float() * call.scaling).view(n_config, n_kv, group, n_fed, dim)
     # All configurations are rows of one product with the shared keys, which are never copied.
     rows = queries.permute(1, 0, 2, 3, 4).reshape(n_kv, -1, dim)
-    past = torch.bmm(rows, keys.float().transpose(1, 2)).view(n_kv, n_config, group, n_fed, seq_len)
+    past = torch.bmm(rows, layer.keys.float().transpose(1, 2)).view(n_kv, n_config, group, n_fed, seq_len)
     own = torch.einsum("chgpd,chnd->hcgpn", queries, call.keys.float())
-    past = past.masked_fill(~mask.transpose(0, 1)[:, :, None, None, :], float("-inf"))
-    hidden, outside = _hidden(call.window, n_fed, seq_len, keys.device)
+    past = past.masked_fill(~shown.mask.transpose(0, 1)[:, :, None, None, :], float("-inf"))
+    hidden, outside = _hidden(call.window, n_fed, seq_len, layer.keys.device)
     if outside is not None:
         past = past.masked_fill(outside, float("-inf"))
-    weights = torch.cat([past, own.masked_fill(hidden, float("-inf"))], dim=-1).softmax(-1)
-    from_past = torch.bmm(weights[..., :seq_len].reshape(n_kv, -1, seq_len), values.float())
-    from_own = torch.einsum("hcgpn,chnd->hcgpd", weights[..., seq_len:], call.values.float())
-    output = from_past.view(n_kv, n_config, group, n_fed, dim) + from_own
-    return output.permute(1, 0, 2, 3, 4).reshape(n_config, n_heads, n_fed, dim).to(call.queries.dtype)
+    logits = [past, own.masked_fill(hidden, float("-inf"))]
+    extras = shown.extras(layer)
+    if extras is not None:
+        logits.append(_extra_logits(queries, extras, call.window, seq_len))
+    weights = torch.cat(logits, dim=-1).softmax(-1)
+    from_past = torch.bmm(weights[..., :seq_len].reshape(n_kv, -1, seq_len), layer.values.float())
+    output = from_past.view(n_kv, n_config, group, n_fed, -1)
+    output = output + torch.einsum("hcgpn,chnd->hcgpd", weights[..., seq_len : seq_len + n_fed], call.values.float())
+    if extras is not None:
+        output = output + torch.einsum("hcgpx,chxd->hcgpd", weights[..., seq_len + n_fed :], extras.values.float())
+    return output.permute(1, 0, 2, 3, 4).reshape(n_config, n_heads, n_fed, -1).to(call.queries.dtype)
+
+
+def _extra_logits(queries: Tensor, extras: _Extras, window: int | None, seq_len: int) -> Tensor:
+    """Return the logits ``[H, C, G, P, X]`` of the extra entries; they precede all fed tokens."""
+    import torch
+
+    logits = torch.einsum("chgpd,chxd->hcgpx", queries, extras.keys.float())
+    logits = logits + extras.bias.transpose(0, 1)[:, :, None, None, :]
+    if window is None:
+        return logits
+    rows = torch.arange(seq_len, seq_len + queries.shape[3], device=queries.device)[:, None]
+    gone = extras.positions.transpose(0, 1)[:, :, None, None, :] <= rows - window
+    return logits.masked_fill(gone, float("-inf"))
 
 
 def _hidden(window: int | None, n_fed: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ import numpy as np
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, config_hash, open_run, read_records, write_text
 from kvtool.policies import Policy, expand_policies, refuse_impossible
+from kvtool.policies.headfile import check_heads
 from kvtool.progress import say, track
 from kvtool.simulate.evaluate import Prediction, evaluate_sample
 from kvtool.simulate.rank import Row, rank_rows, resample_weights
@@ -38,6 +39,8 @@ class SimulateConfig:
     policies : tuple of str
         Text forms; those without a budget are taken at each of `budgets`. Empty: every registered method.
     budgets : tuple of str
+    heads : str
+        Heads file for the policies that take one and name none.
     refine : int
         Configurations that get a masked teacher-forced forward, the best ones of every budget in turn.
     draws : int
@@ -49,6 +52,7 @@ class SimulateConfig:
     capture: str
     policies: tuple[str, ...] = ()
     budgets: tuple[str, ...] = DEFAULT_BUDGETS
+    heads: str = ""
     refine: int = 0
     draws: int = 1000
     seed: int = 0
@@ -134,7 +138,7 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
     from kvtool.simulate.plots import plot_ranking
     from kvtool.simulate.shortlist import make_shortlist, write_shortlist
 
-    folder, policies = Path(out), expand_policies(config.policies, config.budgets)
+    folder, policies = Path(out), expand_policies(config.policies, config.budgets, heads=config.heads)
     if config.refine and loaded is None:
         raise ConfigError("simulate: refining needs the captured model; give it, or refine=0")
     with open_capture(config.capture) as capture:
@@ -162,7 +166,8 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
 
 
 def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Policy]) -> dict[str, Any]:
-    """Return everything that decides the result; the capture by its content's facts, not by its path."""
+    """Return everything that decides the result; capture and heads files by their content, not by their path."""
+    heads = check_heads(policies, capture.model)
     samples = [[s.id, s.seq_len, config_hash({"prompt": list(s.prompt_ids)})] for s in capture.samples]
     return {
         "capture": config_hash({"config": capture.config, "samples": samples}),
@@ -173,6 +178,7 @@ def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Po
         "prompt_seed": capture.config.get("seed"),
         "compress_at": capture.samples[0].compress_at,
         "policies": [str(policy) for policy in policies],
+        **({"heads": heads} if heads else {}),
         "refine": config.refine,
         "draws": config.draws,
         "seed": config.seed,

@@ -50,7 +50,9 @@ class HeadWindows(Method):
         return KindWindows(self.heads, windows, self.base, self.confidence, self.sink)
 
     def implied_entries(self, seq_len: int) -> float:
-        return float(np.minimum(self._allocator().table() + self.sink, seq_len).mean())
+        allocator = self._allocator()
+        windows = np.asarray([self.base]) if allocator.uniform else allocator.table()
+        return float(np.minimum(windows + self.sink, seq_len).mean())
 
     def parts(self) -> Parts:
         return Parts(Position(), self._allocator(), Selector(self.sink, 0))

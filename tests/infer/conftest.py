@@ -14,7 +14,7 @@ import torch
 from kvtool.attention import AttentionCall, attention_handler
 from kvtool.data.tasks import Encoded, Sample
 from kvtool.models import LoadedModel, describe
-from kvtool.policies import Budget, Method, Policy, method_classes
+from kvtool.policies import Budget, Method, Policy, method_class
 from kvtool.policies.base import Allocator, LayerView, Parts, Request, Selector
 from kvtool.policies.scorers import Accumulated
 
@@ -62,10 +62,15 @@ class Uneven(Method):
         return Parts(Accumulated(), AcrossLayers() if self.layers else UnevenAllocator(), Selector(1, self.window))
 
 
+#: One method of each kind: position, accumulated, window and last-query scores, one set per layer, budgets that differ by
+#: layer and by head. Every other one goes through ``test_every_policy.py``.
+METHODS = ("full", "window", "streaming", "h2o", "snapkv", "tova", "random", "cake", "adakv")
+
+
 def small_policies(budget: str = "50%") -> list[Policy]:
-    """Every registered policy with protected windows that fit short prompts, and two with uneven budgets."""
+    """A policy of each kind with protected windows that fit short prompts, and two with uneven budgets."""
     found = []
-    for cls in method_classes().values():
+    for cls in map(method_class, METHODS):
         names = {f.name for f in dataclasses.fields(cls)}
         small = {k: v for k, v in {"window": 6, "sink": 2}.items() if k in names}
         found.append(Policy(cls(**small), None if cls.keeps_all else Budget.parse(budget)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,8 +225,8 @@ def evicting(options: str = "") -> list[Policy]:
     for name, cls in method_classes().items():
         names = {f.name for f in dataclasses.fields(cls)}
         small = "".join(f",{k}={v}" for k, v in {"window": 6, "sink": 2}.items() if k in names)
-        if cls.keeps_all or cls.simulate_only or cls.implies_budget:
-            continue
+        if cls.keeps_all or cls.simulate_only or "heads" in names:
+            continue  # those that need a heads file have a test of their own
         policy = Policy.parse(f"{name}:budget=20{small},decode=evict{options}")
         try:
             decoding_needs(policy)
@@ -317,8 +319,10 @@ def run_batch(model: Any, cache: CompressedCache, prompts: list[list[int]], fed:
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("positions", ["", ",positions=cache"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [*((name, "") for name in MODELS), *((name, ",positions=cache") for name in ("gqa", "neox", "wide-window"))],
+)
 def test_a_row_of_a_padded_batch_equals_a_single_run(name: str, positions: str, random_model: Callable[..., Any]) -> None:
     architecture, changes = MODELS[name]
     model = random_model(architecture, **changes).double()
@@ -629,3 +633,70 @@ def test_decode_views_equal_brute_force(random_model: Callable[..., Any]) -> Non
         assert torch.allclose(view.statistic("key_norm")[0].double(), row.keys.norm(dim=-1), atol=1e-5)
         with pytest.raises(ConfigError, match="without declaring it"):
             view.statistic("output_norm")
+
+
+def heads_file(folder: Path, n_layers: int = 2) -> str:
+    """Kinds and gates of a model of up to 2 layers with 4 query and 2 KV heads."""
+    heads = [
+        {"layer": layer, "head": h, "importance": 1.0 + h, "retrieval": 0.5 + h} for layer in range(n_layers) for h in range(4)
+    ]
+    kinds = ["positional", "gathering", "mixed", "gathering"]
+    gates = [0.1, 0.9, 0.2, 0.8]
+    kv_heads = [
+        {"layer": i // 2, "head": i % 2, "kind": kinds[i], "confidence": 1.0, "importance": 1.0, "retrieval": gates[i]}
+        for i in range(2 * n_layers)
+    ]
+    value = {
+        "schema": "kvtool.heads/1",
+        "model": {"fingerprint": "0", "model_id": "random"},
+        "n_layers": n_layers,
+        "n_heads": 4,
+    }
+    path = folder / "heads.json"
+    path.write_text(json.dumps({**value, "n_kv_heads": 2, "heads": heads, "kv_heads": kv_heads}))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in method_classes().items() if "heads" in cls.__dataclass_fields__])
+def test_capacity_is_never_exceeded_with_head_budgets(name: str, random_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model("llama", num_hidden_layers=1, max_position_embeddings=4096)
+    names = method_classes()[name].__dataclass_fields__
+    small = "".join(f",{k}={v}" for k, v in {"window": 6, "sink": 2, "recent": 6}.items() if k in names)
+    cache = CompressedCache(f"{name}:budget=20,heads={heads_file(tmp_path, 1)}{small},decode=evict", model)
+    forward(model, cache, tokens(0, 70))
+    limits, where = cache.entries(), [layer.store.keys.data_ptr() for layer in cache.layers]
+    assert sum(n for layer in limits for n in layer[0]) <= 40
+    for token in tokens(1, 2000):
+        forward(model, cache, [token])
+        assert cache.entries() == limits
+    assert [layer.store.keys.data_ptr() for layer in cache.layers] == where
+
+
+def test_windows_of_head_kinds_roll_and_short_prompts_grow_into_them(random_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model("llama")
+    text = f"head_windows:heads={heads_file(tmp_path)},positional=6,mixed=12,gathering=30,sink=2,decode=evict"
+    for n_prompt in (10, 70):
+        cache = CompressedCache(text, model, keep_positions=True)
+        forward(model, cache, tokens(0, n_prompt))
+        for i, token in enumerate(tokens(1, 50)):
+            forward(model, cache, [token])
+            seen = n_prompt + i + 1
+            for layer, sizes in enumerate([(8, 32), (14, 32)]):
+                for head, size in enumerate(sizes):
+                    size = min(size, seen)
+                    expected = [*range(2), *range(seen - size + 2, seen)] if size < seen else list(range(seen))
+                    assert held(cache)[layer][head] == expected
+
+
+def test_retrieval_heads_grow_while_streaming_heads_roll(random_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model("llama")
+    cache = CompressedCache(f"duo:heads={heads_file(tmp_path)},sink=2,recent=10,decode=evict", model)
+    forward(model, cache, tokens(0, 70))
+    for i, token in enumerate(tokens(1, 60)):
+        forward(model, cache, [token])
+        assert cache.entries() == [[[12, 71 + i]]] * 2
+    plain = CompressedCache("duo:heads=" + heads_file(tmp_path) + ",sink=500,recent=500,decode=evict", model)
+    full = CompressedCache("full", model)
+    for ids in [tokens(0, 70), *([t] for t in tokens(1, 60))]:
+        expected, found = forward(model, full, ids), forward(model, plain, ids)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -112,3 +112,29 @@ def test_the_cascade_lets_go_of_entries_while_the_prompt_runs(rule: str, random_
             model(torch.tensor([prompt]), past_key_values=own, use_cache=True)
             found = [model(torch.tensor([[7]]), past_key_values=c, use_cache=True).logits for c in (own, fork)]
         assert torch.equal(*found)
+
+
+def test_chunks_run_where_the_whole_prompt_does_not_fit_into_memory(
+    tmp_path: Path, loaded_model: LoadedModel, encoded: Callable[..., Encoded]
+) -> None:
+    """Every forward of more than 20 tokens ends as one that the memory is too small for."""
+
+    def limit(module: Any, args: Any, options: dict[str, Any]) -> None:
+        ids = options["input_ids"] if "input_ids" in options else args[0]
+        if ids.shape[1] > 20:
+            raise MemoryError("20 tokens at most")
+
+    policies = [Policy.parse(text) for text in TEXTS]
+    run_infer(CONFIG, loaded_model, [encoded(0)], policies, tmp_path / "all")
+    hook = loaded_model.model.register_forward_pre_hook(limit, with_kwargs=True)
+    try:
+        run_infer(CONFIG, loaded_model, [encoded(0)], policies, tmp_path / "small")
+    finally:
+        hook.remove()
+    expected = {record["policy"]: record for record in read_records(tmp_path / "all" / "records.jsonl")}
+    for record in read_records(tmp_path / "small" / "records.jsonl"):
+        if not Policy.parse(record["policy"]).when.chunk:
+            assert (record["status"], record["message"]) == ("oom", "20 tokens at most")
+            continue
+        for key in ("status", "prediction_ids", "entries", "kv_bytes_planned", "kv_bytes_generation_end", "answer_nll"):
+            assert record[key] == expected[record["policy"]][key], key

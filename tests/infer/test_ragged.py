@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvtool.infer.kernels import ragged_attention
 from kvtool.infer.ragged import BUCKET_WASTE, ROOM, RaggedStore, Row, _buckets
 
 
@@ -77,3 +78,40 @@ def test_a_sliding_window_drops_what_is_out_of_sight_when_it_grows() -> None:
         assert row.positions is not None
         assert set(range(50, 60)) <= set(row.positions.tolist())
         assert row.positions.tolist() == sorted(set(row.positions.tolist()))
+
+
+@pytest.mark.parametrize("lengths", [[9, 9, 9, 9], [30, 7, 29, 12], [5, 60, 6, 61]])
+def test_keeping_some_entries_is_what_indexing_gives_and_moves_no_storage(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        Row(torch.randn(n, 8, generator=generator), torch.randn(n, 4, generator=generator), torch.arange(n), torch.rand(n, 2))
+        for n in lengths
+    ]
+    store = RaggedStore(rows, 2, room=1, capacities=lengths)
+    where, expected = store.keys.data_ptr(), [list(row.positions.tolist()) for row in rows]
+    content = {(r, p): (row.keys[p], row.values[p], row.scores[p]) for r, row in enumerate(rows) for p in range(lengths[r])}
+    for step in range(12):
+        position = 100 + step
+        keys, values = torch.randn(2, 2, 1, 8, generator=generator), torch.randn(2, 2, 1, 4, generator=generator)
+        store.append(keys, values, torch.full((2, 1), position))
+        content |= {(r, position): (keys[r // 2, r % 2, 0], values[r // 2, r % 2, 0], torch.zeros(2)) for r in range(4)}
+        expected = [[*held, position] for held in expected]
+        # A row may lose nothing, one entry, or several; a row within its capacity has room for what comes.
+        sizes = [min(n, max(1, len(held) - (step + r) % 3)) for r, (n, held) in enumerate(zip(lengths, expected, strict=True))]
+        index = [
+            torch.randperm(len(held), generator=generator)[:n].sort().values for held, n in zip(expected, sizes, strict=True)
+        ]
+        store.keep(torch.stack([torch.cat([i, i.new_zeros(max(sizes) - len(i))]) for i in index]), sizes)
+        expected = [[held[i] for i in chosen.tolist()] for held, chosen in zip(expected, index, strict=True)]
+        assert store.lengths == sizes
+        for r, row in enumerate(store.dense_rows()):
+            assert row.positions is not None
+            assert row.positions.tolist() == expected[r]
+            for i, p in enumerate(expected[r]):
+                found = (row.keys[i], row.values[i], row.scores[i])
+                assert all(torch.equal(a, b) for a, b in zip(found, content[r, p], strict=True))
+        queries = torch.randn(2, 4, 1, 8, generator=generator)
+        torch.testing.assert_close(
+            ragged_attention(queries, store, 0.3, "sdpa-buckets"), ragged_attention(queries, store, 0.3, "reference")
+        )
+    assert store.keys.data_ptr() == where

@@ -1,0 +1,281 @@
+"""Eviction from a layer that is held already: after every forward while decoding, and between the chunks of a prompt.
+
+A cut hands the entries that are present now to the policy's own scorer and selector (`kvtool.infer.present.DecodeView`), so
+a method is written once. A step's own attention sees the cache before the cut, as in the official codes of H2O and TOVA.
+
+Shapes: B sequences, Q query heads, H KV heads, G = Q / H, S = B * H rows, N new tokens, w last queries, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtool.errors import ConfigError
+from kvtool.infer.present import DecodeView, Needs, Present, add_attention
+from kvtool.policies.base import Selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvtool.attention import AttentionCall
+    from kvtool.infer.ragged import RaggedStore
+    from kvtool.infer.rotation import CachePositions
+    from kvtool.policies.base import Policy
+    from kvtool.policies.leftovers import Leftovers
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer stands.
+
+    Attributes
+    ----------
+    layer, n_layers, n_heads : int
+        Index; layers of the model; query heads.
+    seeds : tuple of int
+        One per sequence, for policies that draw.
+    """
+
+    layer: int
+    n_layers: int
+    n_heads: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetView:
+    """Layer view for allocators alone: it has the length of a prompt, but nothing of it.
+
+    Implements `kvtool.policies.base.LayerView`.
+    """
+
+    layer: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    seq_len: int
+    seed: int
+
+    def statistic(self, name: str) -> Tensor:
+        """Refuse: what an allocator asks for is known of whole prompts only."""
+        raise ConfigError(f"the budgets need {name!r}, which is known of whole prompts only; remove chunk= or decode=evict")
+
+
+def capacities(policy: Policy, counts: Sequence[int], seq_len: int) -> list[int]:
+    """Return how many entries the heads of a layer may hold while decoding: what each was allocated of the prompt.
+
+    Where a budget in entries is larger than the prompt, that budget: the head may grow up to it.
+    """
+    entries = 0 if policy.budget is None else policy.budget.entries or 0
+    return [entries] * len(counts) if entries > seq_len else list(counts)
+
+
+class Eviction:
+    """What a layer carries to rank its entries, and its cuts.
+
+    Parameters
+    ----------
+    policy : Policy
+    place : Place
+    needs : Needs
+    limits : sequence of (int or None)
+        Capacity per row; None: without a bound, or a sliding window, which loses only what is out of its sight.
+    queries : Tensor ``[B, Q, w, D]`` or None
+        Last queries of the tokens seen so far, with the rotation that the stored keys have.
+    """
+
+    def __init__(
+        self, policy: Policy, place: Place, needs: Needs, limits: Sequence[int | None], queries: Tensor | None = None
+    ) -> None:
+        parts = policy.method.parts()
+        self.scorer, self.selector, self.interval = parts.scorer, parts.selector, policy.when.interval
+        self.place, self.needs, self.limits = place, needs, list(limits)
+        self.queries = queries
+
+    def note(self, queries: Tensor, attended: RaggedStore, rotated: Tensor, scaling: float) -> None:
+        """Take in what new tokens bring.
+
+        Parameters
+        ----------
+        queries : Tensor ``[B, Q, N, D]``
+            With the rotation that the stored keys have.
+        attended : RaggedStore
+            The layer's store, keys as attention sees them; the new tokens are the last entries.
+        rotated : Tensor ``[B, Q, N, D]``
+            Queries as attention sees them.
+        scaling : float
+        """
+        import torch
+
+        if self.needs.accumulated:
+            add_attention(rotated, attended, scaling)
+        if self.needs.n_queries:
+            queries = queries.detach()
+            held = queries if self.queries is None else torch.cat([self.queries, queries], dim=2)
+            self.queries = held[:, :, -self.needs.n_queries :].contiguous()
+
+    def targets(self, store: RaggedStore) -> list[int]:
+        """Return how many entries each row has after a cut now; rows within their capacity are left alone."""
+        wanted = []
+        for n, limit in zip(store.lengths, self.limits, strict=True):
+            if limit is None:
+                window = store.window or n
+                wanted.append(n if n <= window else max(1, window - 1))
+            elif n <= limit:
+                wanted.append(n)
+            else:
+                least = max(1, min(self.selector.protected, limit))
+                wanted.append(min(limit, max(limit - (self.interval - 1), least)))
+        return wanted
+
+    def present(self, attended: RaggedStore, seen: Sequence[int], scaling: float, rope: CachePositions | None) -> Present:
+        """Return what the layer holds now."""
+        queries = self.queries
+        if queries is not None and rope is not None:
+            queries = rope.queries(queries, attended)
+        return Present(attended, queries, seen, self.place.n_heads, scaling)
+
+    def views(self, present: Present, targets: Sequence[int]) -> Iterator[DecodeView]:
+        """Yield the views of what has to be cut: a whole sequence where all its heads are equally long, else head by head."""
+        store, n_kv_heads = present.store, present.store.n_kv_heads
+        lengths = store.lengths
+        for seq in range(store.n_seqs):
+            rows = tuple(range(seq * n_kv_heads, (seq + 1) * n_kv_heads))
+            cut = [r for r in rows if targets[r] < lengths[r]]
+            alike = len({lengths[r] for r in rows}) == 1 and all(self.limits[r] is not None for r in rows)
+            whole = len(cut) > 0 and alike
+            for group in [rows] if whole else [(r,) for r in cut]:
+                # Drawing anew for every head and every cut: tokens seen and head are part of the seed.
+                seed = (self.place.seeds[seq] << 64) + (present.seen[seq] << 20) + (0 if whole else group[0] % n_kv_heads)
+                yield DecodeView(present, group, self.place.layer, self.place.n_layers, lengths[group[0]], seed)
+
+    def cut(self, store: RaggedStore, present: Present, targets: Sequence[int]) -> None:
+        """Drop entries until every row has its target."""
+        import torch
+
+        lengths = store.lengths
+        if all(n >= length for n, length in zip(targets, lengths, strict=True)):
+            return
+        width = max(targets)
+        chosen = torch.arange(width, device=store.device).repeat(len(targets), 1)
+        for view in self.views(present, targets):
+            counts = [targets[r] for r in view.rows]
+            if self.limits[view.rows[0]] is None:
+                kept = torch.arange(view.seq_len - counts[0], view.seq_len, device=store.device)[None]
+            else:
+                kept = choose_entries(self.selector, self.scorer.score(view), counts)
+            chosen[view.rows[0] : view.rows[-1] + 1, : kept.shape[1]] = kept.to(store.device)
+        store.keep(chosen, targets)
+
+
+def choose_entries(selector: Selector, scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the ascending entries that each head keeps, ``[H, max(counts)]``; a shorter head's rest is filled with its last."""
+    import torch
+
+    most = max(counts)
+    if len(set(counts)) == 1 and type(selector).keep is Selector.keep:
+        return selector.order(scores)[:, :most].sort(dim=-1).values
+    kept = selector.keep(scores, counts)
+    return torch.stack([torch.cat([k, k[-1:].expand(most - len(k))]) for k in kept])
+
+
+class HeldLayer:
+    """A layer's entries after the prompt (or within it), and how new tokens enter, attend and push others out.
+
+    Parameters
+    ----------
+    store : RaggedStore
+    seen : sequence of int
+        Tokens seen per sequence, padding not counted.
+    rope : CachePositions or None
+        Keys are held without rotation and rotated by their index.
+    eviction : Eviction or None
+        None: the layer grows.
+    timed : bool
+        Add the time for what ranking needs to `evict_s`; on a GPU this waits for the device.
+    left : Leftovers or None
+        What a compensation did.
+    """
+
+    def __init__(
+        self,
+        store: RaggedStore,
+        seen: Sequence[int],
+        *,
+        rope: CachePositions | None = None,
+        eviction: Eviction | None = None,
+        timed: bool = False,
+        left: Leftovers | None = None,
+    ) -> None:
+        self.store, self.seen, self.left = store, list(seen), left
+        self.rope, self.eviction = rope, eviction
+        self.timed, self.evict_s = timed, 0.0
+        self._room = store.room
+
+    def feed(self, call: AttentionCall, kernel: str, *, cut: bool = True, dense: bool = False) -> Tensor:
+        """Append the new tokens of a call and return their attention over all entries, ``[B, Q, N, D]``.
+
+        Parameters
+        ----------
+        call : AttentionCall
+            Keys and values of the new tokens alone.
+        kernel : str
+            See `kvtool.infer.kernels.KERNELS`.
+        cut : bool
+            Evict afterwards, down to the capacities.
+        dense : bool
+            The layer is empty: plain causal attention says the same, without a mask.
+        """
+        import torch
+
+        from kvtool.attention import dense_attention
+        from kvtool.infer.kernels import ragged_attention
+        from kvtool.infer.live import clock
+
+        queries, keys, n_new = call.queries, call.keys, int(call.keys.shape[2])
+        positions = None
+        if self.rope is not None or self.store.positions is not None:
+            first = torch.tensor(self.seen, device=keys.device)
+            positions = first[:, None] + torch.arange(n_new, device=keys.device)
+            if self.rope is not None:
+                queries, keys = (self.rope.enter(x.detach(), first) for x in (queries, keys))
+        self.store.append(keys, call.values, positions)
+        self.seen = [n + n_new for n in self.seen]
+        attended, rotated = self.store, queries
+        if self.rope is not None:
+            attended, rotated = self.rope.attended(self.store), self.rope.queries(queries, self.store)
+        out = dense_attention(call) if dense else ragged_attention(rotated, attended, call.scaling, kernel)
+        if self.eviction is not None:
+            started = clock(self.store.device) if self.timed else 0.0
+            self.eviction.note(queries, attended, rotated, call.scaling)
+            if self.timed:
+                self.evict_s += clock(self.store.device) - started
+            if cut:
+                self.evict(self.eviction.targets(self.store), self.present(call.scaling, attended))
+        return out
+
+    def present(self, scaling: float, attended: RaggedStore | None = None) -> Present:
+        """Return what the layer holds now, as a policy may see it."""
+        assert self.eviction is not None
+        if attended is None:
+            attended = self.store if self.rope is None else self.rope.attended(self.store)
+        return self.eviction.present(attended, self.seen, scaling, self.rope)
+
+    def evict(self, targets: Sequence[int], present: Present) -> None:
+        """Cut every row to its target, and give back the room of a wide forward."""
+        assert self.eviction is not None
+        self.eviction.cut(self.store, present, targets)
+        self.store.shrink(self._room)
+
+    def positions(self) -> list[list[Tensor]]:
+        """Return the true positions of all entries, ``[B][H]``, ascending int64; they must be tracked."""
+        found = [row.positions.long() for row in self.store.dense_rows() if row.positions is not None]
+        width = self.store.n_kv_heads
+        return [found[start : start + width] for start in range(0, len(found), width)]
+
+    def extra_bytes(self) -> int:
+        """Return the bytes held beside the store: the last queries."""
+        queries = None if self.eviction is None else self.eviction.queries
+        return 0 if queries is None else queries.untyped_storage().nbytes()
