@@ -43,6 +43,16 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "opt", "gpt_neox")
 BUDGETS = ["40%", "65%"]
 
 
+#: Methods that share by what a file knows of heads; without a budget too.
+BY_HEADS = ["headkv", "hace", "hace-head", "hace:scorer=snapkv,layer_power=0.5", "duo:sink=4,recent=16", "head_windows"]
+BY_HEADS += ["duo:budget=own,sink=4,recent=16", "G_conf0.7_base64", "J_pos64_mix64_g128"]
+
+
+def by_heads(toy_heads: Callable[..., Path], info: models.ModelInfo) -> list[Policy]:
+    heads = toy_heads(info.n_layers, info.n_heads, info.n_kv_heads, info.fingerprint)
+    return expand_policies(BY_HEADS, BUDGETS, real=True, heads=str(heads))
+
+
 def compensated() -> list[Policy]:
     return [Policy.parse(text.format("40%")) for text in COMPENSATED]
 
@@ -60,12 +70,17 @@ def captured(
 @pytest.mark.parametrize("compress_at", ["prompt", "context"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kept_sets_are_equal(
-    architecture: str, compress_at: str, tmp_path: Path, random_model: Callable[..., Any], byte_tokenizer: Any
+    architecture: str,
+    compress_at: str,
+    tmp_path: Path,
+    random_model: Callable[..., Any],
+    byte_tokenizer: Any,
+    toy_heads: Callable[..., Path],
 ) -> None:
     # A Mistral window wider than the prompt, so that its layers are compressed too.
     changes = {"sliding_window": 400} if architecture == "mistral" else {}
     path, loaded, samples = captured(tmp_path, random_model(architecture, **changes), byte_tokenizer, compress_at)
-    policies = [*expand_policies((), BUDGETS, real=True), *compensated()]
+    policies = [*expand_policies((), BUDGETS, real=True), *compensated(), *by_heads(toy_heads, loaded.info)]
     names = sorted({name for policy in policies for name in policy.needs()})
     compared = 0
     with open_capture(path) as capture:
