@@ -118,10 +118,11 @@ def rank_rows(
     # Two bytes for each number of a key and of a value, in all KV heads of the sample's compressible layers.
     entry_bytes = 2 * 2 * info.head_dim * info.n_kv_heads * np.asarray(n_compressible)
     rows = [_row(policy, [sample[i] for sample in predictions], entry_bytes, weights) for i, policy in enumerate(policies)]
-    budgets: dict[str | None, list[Row]] = {}
+    budgets: dict[str, list[Row]] = {}
     for row in rows:
         if row.status == "ok" and not row.yardstick:
-            budgets.setdefault(row.budget, []).append(row)
+            # Without a budget, what brings the same number of entries is compared.
+            budgets.setdefault(row.budget or f"{row.entries:.3f}", []).append(row)
     for group in budgets.values():
         harms = np.asarray([row.harm for row in group], dtype=np.float64)
         for row, harm in zip(group, harms, strict=True):

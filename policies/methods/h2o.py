@@ -15,8 +15,8 @@ from kvtool.policies.text import check_range
 class H2O(Method):
     """Keep the last `window` entries and those with the largest attention accumulated over all prompt queries.
 
-    H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs, NeurIPS 2023, arXiv 2306.14048; here the
-    prefill-only form (one cut after the prompt, no pooling).
+    H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs, NeurIPS 2023, arXiv 2306.14048. One cut
+    after the prompt; with ``decode=evict`` the published form, whose scores go on accumulating.
     """
 
     window: int = 32
@@ -24,7 +24,7 @@ class H2O(Method):
     group: Group = "mean"
 
     name: ClassVar[str] = "h2o"
-    source: ClassVar[str] = "H2O, NeurIPS 2023, arXiv 2306.14048 (prefill-only form)"
+    source: ClassVar[str] = "H2O, NeurIPS 2023, arXiv 2306.14048"
     summary: ClassVar[str] = "keeps entries with the largest accumulated attention, and the last ones"
     formula: ClassVar[str] = "score_j = group-mean of sum_i A[i, j], all prompt queries i"
 

@@ -22,7 +22,7 @@ def rank(harms: dict[str, list[float | None]], n_compressible: int = 3) -> list[
     for s in range(n_samples):
         sample = []
         for policy, values in zip(policies, harms.values(), strict=True):
-            entries, harm = policy.budget.resolve(100) if policy.budget else 100, values[s]
+            entries, harm = policy.asked(100), values[s]
             message = "too small" if harm is None else None
             sample.append(Prediction(entries, entries / 100, harm, harm, harm, 0.5, harm is None, message))
         predictions.append(sample)
@@ -45,6 +45,11 @@ def test_ranks_are_within_a_budget() -> None:
         "full": 1,
     }
     assert [row.retention for row in rows] == [0.5, 0.8, 0.8, 1.0]
+
+
+def test_policies_with_their_own_number_of_entries_are_ranked_among_equals() -> None:
+    rows = rank({"K_uniform16_aware": [3.0], "K_uniform16_aware:sink=4,interval=4": [2.0], "K_uniform64_aware": [1.0]})
+    assert [(row.entries, row.rank, row.budget) for row in rows] == [(20, 1, None), (20, 2, None), (68, 1, None)]
 
 
 def test_impossible_on_one_sample_is_impossible_flagged_and_last() -> None:
