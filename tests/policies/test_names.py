@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from kvtool.errors import ConfigError, KvtoolError
 from kvtool.policies import Policy, expand_policies, method_classes, policy_from_dict, policy_to_dict
 from kvtool.policies.names import FORMS, METHODS, PATTERNS, study_name, study_names
+from kvtool.policies.text import OPTIONS
 
 #: name -> the policy as it is written out, by hand
 NAMES = {
@@ -208,3 +210,10 @@ def test_damaged_policy_files(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("a: [")
     with pytest.raises(KvtoolError, match="is not YAML"):
         Policy.parse(str(tmp_path / "p.yaml"))
+
+
+def test_no_parameter_of_a_method_is_called_as_an_option_of_every_policy() -> None:
+    options = {f.name for owner in OPTIONS for f in dataclasses.fields(owner)} | {"name", "budget"}
+    for name, cls in method_classes().items():
+        # `name` is the class's own word, not a field.
+        assert not options & {f.name for f in dataclasses.fields(cls)}, name
