@@ -25,7 +25,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 test: install-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # On a machine with CUDA: the kernels against the float64 reference, then the demonstration on the device.
 test-gpu: install-dev

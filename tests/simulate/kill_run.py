@@ -37,7 +37,9 @@ def prepare(tests: Path, path: Path) -> LoadedModel:
 
 
 def simulate(out: Path) -> None:
-    run_simulate(SimulateConfig(str(CAPTURE), budgets=("20%", "50%"), refine=3, draws=50), out, LOADED)
+    policies = ("window", "streaming", "h2o", "snapkv", "random")
+    config = SimulateConfig(str(CAPTURE), policies=policies, budgets=("20%", "50%"), refine=3, draws=50)
+    run_simulate(config, out, LOADED)
 
 
 def kill_at_call(number: int) -> None:
