@@ -4,8 +4,8 @@
 
 The embedded model, needle prompts of 1024 tokens. Head scores come from a capture of other prompts (another seed). Resumes when
 interrupted. Accuracy: share of the answer's tokens that are right, the model being fed the right ones before; intervals and
-differences from the control by bootstrap over prompts, paired. What explains the order is beside it: how much of the needle is
-left in the one KV head that looks at it when the answer is due.
+differences from the control by bootstrap over prompts, paired. What explains the order is beside it: how much of the answer's
+attention to the needle is left in the one KV head that looks at it most.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def make_heads(loaded: LoadedModel, work: Path) -> Path:
 
 
 def evidence_kept(work: Path, heads: Path, mode: str) -> tuple[str, dict[str, float]]:
-    """Return the KV head that retrieves, and the share of the needle that every method keeps in it at the largest budget."""
+    """Return the KV head that retrieves, and how much of its attention to the needle every method keeps at the largest budget.
+
+    The attention is that of the captured answer's tokens; entries of the needle that they do not look at do not count.
+    """
     kv_heads = json.loads(heads.read_text())["kv_heads"]
     best = max(kv_heads, key=lambda head: head["retrieval"])
     shares: dict[str, float] = {}
@@ -84,9 +87,14 @@ def evidence_kept(work: Path, heads: Path, mode: str) -> tuple[str, dict[str, fl
         for policy in expand_policies(texts(heads), BUDGETS[-1:], real=True):
             found = []
             for sample in capture.samples:
-                kept = set(kept_positions(policy, sample.views())[best["layer"]][best["head"]].tolist())
-                evidence = [p for start, stop in sample.meta["evidence"] for p in range(start, stop)]
-                found.append(len(kept.intersection(evidence)) / len(evidence))
+                view = sample.views()[best["layer"]]
+                looked_at = view.statistic("future").view(view.n_kv_heads, -1, view.seq_len)[best["head"]].sum(0)
+                needle = torch.zeros(view.seq_len, dtype=torch.bool)
+                for start, stop in sample.meta["evidence"]:
+                    needle[start:stop] = True
+                kept = torch.zeros_like(needle)
+                kept[kept_positions(policy, sample.views())[best["layer"]][best["head"]]] = True
+                found.append(float(looked_at[needle & kept].sum() / looked_at[needle].sum()))
             shares[plain(method_key(policy), heads)] = float(np.mean(found))
     return f"{best['layer']}.{best['head']}", shares
 
@@ -148,7 +156,7 @@ def table(rows: list[dict[str, Any]], head: str, evidence: dict[str, float]) -> 
     lines = [
         "| policy | "
         + " | ".join(f"{b} kept" for b in BUDGETS)
-        + f" | over random at {last} | needle left in head {head} at {last} |"
+        + f" | over random at {last} | attention to the needle left in head {head} at {last} |"
     ]
     lines.append("| --- " * (len(BUDGETS) + 3) + "|")
     for method in order:
