@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import click
 from kvtool import __version__
 from kvtool.cli_options import (
     compress_option,
+    emit,
     json_option,
     model_options,
     out_option,
@@ -20,6 +19,7 @@ from kvtool.cli_options import (
     sample_options,
     whole_numbers,
 )
+from kvtool.cli_plan import plan
 from kvtool.errors import KvtoolError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -46,21 +46,6 @@ class _OneLineErrors(click.Group):
         except KeyboardInterrupt:
             click.echo("\nkvtool: interrupted; what was written is kept, the same command continues", err=True)
             ctx.exit(130)
-
-
-def _plain(value: Any) -> Any:
-    """Turn results into JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _emit(as_json: bool, value: Any, text: str) -> None:
-    click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False) if as_json else text)
 
 
 def _load(model: str, device: str, dtype: str) -> LoadedModel:
@@ -144,7 +129,7 @@ def capture(
         from kvtool.capture.runner import estimate
 
         plan = estimate(config, loaded.info, samples)
-        _emit(as_json, plan, f"{plan.n_samples} samples, about {plan.size_bytes / 1e6:.1f} MB in {out}")
+        emit(as_json, plan, f"{plan.n_samples} samples, about {plan.size_bytes / 1e6:.1f} MB in {out}")
         return
     summary = run_capture(config, loaded, samples, out)
     notes = [f"{summary.n_samples} samples in {summary.path} ({summary.size_bytes / 1e6:.1f} MB)"]
@@ -157,7 +142,7 @@ def capture(
     ):
         if count:
             notes.append(f"  {count} {text}")
-    _emit(as_json, summary, "\n".join(notes))
+    emit(as_json, summary, "\n".join(notes))
 
 
 @cli.command()
@@ -174,7 +159,7 @@ def classify(capture_file: Path, seed: int, out: Path, as_json: bool) -> None:
     from kvtool.classify.runner import run_classify
 
     summary = run_classify(capture_file, out, seed=seed)
-    _emit(as_json, summary, summary.text())
+    emit(as_json, summary, summary.text())
 
 
 @cli.command()
@@ -219,7 +204,7 @@ def simulate(
     )
     loaded = _load(model, device, dtype) if refine else None
     summary = run_simulate(config, out, loaded)
-    _emit(as_json, summary, summary.text())
+    emit(as_json, summary, summary.text())
 
 
 @cli.command()
@@ -264,7 +249,7 @@ def infer(
     samples = _samples(loaded, task, n, length, seed, template)
     if dry_run:
         units = [{"sample": s.sample.id, "policy": str(p)} for s in samples for p in chosen]
-        _emit(as_json, units, f"{len(units)} units: {len(samples)} samples x {len(chosen)} policies, and the full cache")
+        emit(as_json, units, f"{len(units)} units: {len(samples)} samples x {len(chosen)} policies, and the full cache")
         return
     config = InferConfig(
         task=task,
@@ -276,7 +261,7 @@ def infer(
         kernel=kernel,
     )
     summary = run_infer(config, loaded, samples, chosen, out)
-    _emit(as_json, summary, summary.text())
+    emit(as_json, summary, summary.text())
 
 
 def _chosen_policies(texts: tuple[str, ...], retention: str, heads: str, shortlist: Path | None) -> list[Policy]:
@@ -309,7 +294,7 @@ def analyze_report(simulate_dir: Path, infer_dir: Path, out: Path, as_json: bool
     from kvtool.analysis.runner import run_analyze
 
     summary = run_analyze(None if str(simulate_dir) == "-" else simulate_dir, infer_dir, out)
-    _emit(as_json, summary, summary.text())
+    emit(as_json, summary, summary.text())
 
 
 @analyze.command("fidelity")
@@ -332,7 +317,7 @@ def analyze_fidelity(folders: tuple[Path, ...], draws: int, seed: int, out: Path
         raise click.UsageError("give pairs of folders: simulate folder, infer folder, ...")
     pairs = list(zip(folders[::2], folders[1::2], strict=True))
     result = run_fidelity(pairs, draws=draws, seed=seed, out=out)
-    _emit(as_json, result, result.text())
+    emit(as_json, result, result.text())
 
 
 @cli.command()
@@ -352,7 +337,7 @@ def demo(model: str, device: str, dtype: str, length: int, n: int, out: Path, as
 
     loaded = _load(model, device, dtype)
     summary = run_demo(DemoConfig(model=model, length=length, n=n), loaded, out)
-    _emit(as_json, summary, summary.text())
+    emit(as_json, summary, summary.text())
 
 
 @cli.group(invoke_without_command=True)
@@ -369,7 +354,7 @@ def policies(ctx: click.Context, as_json: bool) -> None:
         from kvtool.policies import method_classes
         from kvtool.policies.describe import listing, policy_facts
 
-        _emit(as_json, [policy_facts(name) for name in method_classes()], listing())
+        emit(as_json, [policy_facts(name) for name in method_classes()], listing())
 
 
 @policies.command("show")
@@ -380,7 +365,7 @@ def policies_show(name: str, as_json: bool) -> None:
     from kvtool.policies.describe import policy_facts, policy_options, show
 
     facts = policy_facts(name)
-    _emit(as_json, {**facts, "options": policy_options()}, show(facts))
+    emit(as_json, {**facts, "options": policy_options()}, show(facts))
 
 
 @cli.command()
@@ -402,7 +387,10 @@ def tasks(as_json: bool) -> None:
     for row in rows:
         lines.append(f"{row['name']}: {row['summary']}")
         lines += [f"    {key}={'...':<5} {text}" for key, text in row["options"].items()]
-    _emit(as_json, rows, "\n".join(lines))
+    emit(as_json, rows, "\n".join(lines))
+
+
+cli.add_command(plan)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,3 +101,19 @@ def whole_numbers(option: str, text: str) -> list[int]:
         return [int(item) for item in text.split(",")]
     except ValueError as error:
         raise click.UsageError(f"{option} {text!r}: whole numbers separated by commas are needed") from error
+
+
+def plain(value: Any) -> Any:
+    """Turn results into JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def emit(as_json: bool, value: Any, text: str) -> None:
+    """Print a result, as JSON or as text."""
+    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False) if as_json else text)

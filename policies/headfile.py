@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.errors import ConfigError, DataError
+from kvtool.policies.planfile import read_plan
 
 if TYPE_CHECKING:
     from kvtool.policies.base import LayerView, Policy
@@ -267,6 +268,9 @@ def check_heads(policies: Sequence[Policy], model: ModelShape) -> dict[str, str]
         if path and path not in hashes:
             _check_model(read_head_file(path), model)
             hashes[path] = hashlib.sha256(_file(path).read_bytes()).hexdigest()[:16]
+        if (path := getattr(policy.method, "plan", "")) and path not in hashes:
+            read_plan(path).check_model(model.fingerprint, model.model_id)
+            hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return hashes
 
 

@@ -142,16 +142,34 @@ def curves(table: ProbeTable, order: Int, counts: Int, added: Float | None = Non
     """
     sums = kept_sums(table, order, counts)
     columns = sums.shape[-1] // 2
-    kept_attention = sums[..., :columns]
-    sums = sums if added is None else sums + added
-    attention, gain = sums[..., :columns], sums[..., columns:]
-    change = _mean_gain(gain + table.own_gain, attention + table.own_attention) - table.full_gain
+    attention = sums[..., :columns]
+    change = _change(table, sums if added is None else sums + added)
     negative = -np.minimum(change, 0.0).sum(axis=(2, 3))
     prompt_mass = table.rows[..., :columns].sum(axis=2, dtype=np.float64)
-    share = np.divide(kept_attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)
+    share = np.divide(attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)
     return Curves(
         harm=negative.sum(axis=1),
         margin_change=change.sum(axis=(1, 2, 3)),
         layer_harm=negative.max(axis=1),
         recall=share.mean(axis=(1, 2, 3)),
     )
+
+
+def _change(table: ProbeTable, sums: Float) -> Float:
+    """First-order change of the margin per configuration, head and probe, ``(N, L, H, G P)``, of sums of attention and gain."""
+    columns = sums.shape[-1] // 2
+    mass = sums[..., :columns] + table.own_attention
+    return _mean_gain(sums[..., columns:] + table.own_gain, mass) - table.full_gain
+
+
+def head_harm(table: ProbeTable, order: Int, counts: Int) -> Float:
+    """Return the harm that each head contributes, ``(N, L, H)``; it sums to `Curves.harm`.
+
+    Parameters
+    ----------
+    table : ProbeTable
+    order : ndarray of shape (L, H, T)
+    counts : ndarray of shape (N, L, H)
+    """
+    harm: Float = -np.minimum(_change(table, kept_sums(table, order, counts)), 0.0).sum(axis=3)
+    return harm

@@ -100,3 +100,23 @@ def toy_heads(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return build
+
+
+@pytest.fixture(scope="session")
+def toy_plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a plan with random falling harm curves for a model of the given shape; returns its path."""
+    import numpy as np
+
+    from kvtool.policies.planfile import Plan, write_plan
+
+    def build(n_layers: int, n_kv_heads: int, fingerprint: str = "toy") -> Path:
+        rng = np.random.default_rng(5)
+        free_shares = np.concatenate([[0.0], np.geomspace(0.01, 1.0, 9)])
+        steps = rng.random((len(free_shares), n_layers, n_kv_heads))
+        harm = steps[::-1].cumsum(0)[::-1] - steps[-1]
+        model = {"model_id": "toy", "fingerprint": fingerprint, "n_layers": n_layers, "n_kv_heads": n_kv_heads}
+        path = tmp_path_factory.mktemp("plan") / "plan.json"
+        write_plan(path, Plan("", "snapkv:window=8,kernel=3", 8, free_shares, harm, tuple(range(n_layers)), model, {}))
+        return path
+
+    return build

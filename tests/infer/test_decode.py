@@ -225,7 +225,7 @@ def evicting(options: str = "") -> list[Policy]:
     for name, cls in method_classes().items():
         names = {f.name for f in dataclasses.fields(cls)}
         small = "".join(f",{k}={v}" for k, v in {"window": 6, "sink": 2}.items() if k in names)
-        if cls.keeps_all or cls.simulate_only or "heads" in names:
+        if cls.keeps_all or cls.simulate_only or {"heads", "plan"} & names:
             continue  # those that need a heads file have a test of their own
         policy = Policy.parse(f"{name}:budget=20{small},decode=evict{options}")
         try:

@@ -23,9 +23,10 @@ def models(random_model: Callable[..., Any]) -> dict[str, Any]:
     return {kind: random_model("llama", num_key_value_heads=n) for kind, n in KV_HEADS.items()}
 
 
-def text(name: str, budget: str | int, heads: Path) -> str:
+def text(name: str, budget: str | int, heads: Path, plan: Path) -> str:
     items = [f"budget={budget}", CLASSES[name].small]
     items += [f"heads={heads}"] if "heads" in CLASSES[name].__dataclass_fields__ else []
+    items += [f"plan={plan}"] if name == "optimal" else []
     return f"{name}:" + ",".join(filter(None, items))
 
 
@@ -37,17 +38,19 @@ def run(model: Any, cache: Any, seq_len: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", KV_HEADS)
 @pytest.mark.parametrize("name", NAMES)
-def test_real_inference(name: str, kind: str, models: dict[str, Any], toy_heads: Callable[..., Path]) -> None:
+def test_real_inference(
+    name: str, kind: str, models: dict[str, Any], toy_heads: Callable[..., Path], toy_plan: Callable[..., Path]
+) -> None:
     model, n_kv = models[kind], KV_HEADS[kind]
-    heads = toy_heads(n_layers=2, n_heads=4, n_kv_heads=n_kv)
+    heads = toy_heads(n_layers=2, n_heads=4, n_kv_heads=n_kv), toy_plan(n_layers=2, n_kv_heads=n_kv)
     plain = run(model, None, T)
-    policy = parse_policy(text(name, 40, heads))
+    policy = parse_policy(text(name, 40, *heads))
     # Full and oversized budgets give the plain model's text; so does a prompt shorter than every window.
-    assert run(model, CompressedCache(text(name, "100%", heads), model), T) == plain
-    assert run(model, CompressedCache(text(name, 5000, heads), model), T) == plain
+    assert run(model, CompressedCache(text(name, "100%", *heads), model), T) == plain
+    assert run(model, CompressedCache(text(name, 5000, *heads), model), T) == plain
     assert run(model, CompressedCache(policy, model), 5) == run(model, None, 5)
     for budget in (40, max(policy.minimum(T), 2)):
-        caches = [CompressedCache(text(name, f"{budget}entries", heads), model) for _ in range(2)]
+        caches = [CompressedCache(text(name, f"{budget}entries", *heads), model) for _ in range(2)]
         first, second = (run(model, cache, T) for cache in caches)
         assert first == second
         entries = [n for layer in caches[0].entries() for row in layer for n in row]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.errors import ConfigError
-from kvtool.simulate.optimal import Hull, lower_hull, rank_one, water_fill
+from kvtool.policies.hull import Hull, lower_hull, rank_one, water_fill
 
 
 def brute_force(curves: list[np.ndarray], total: int) -> float:

@@ -1,0 +1,162 @@
+"""Plans: how much harm each head takes at each budget, measured once, from which budgets for any total follow.
+
+Shapes: L planned layers, H KV heads, N points of a curve, T prompt positions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtool.errors import DataError
+from kvtool.files import write_json
+from kvtool.policies.hull import Hull, lower_hull, rank_one, water_fill
+from kvtool.policies.shares import share
+
+SCHEMA = "kvtool.plan/1"
+Float = NDArray[np.float64]
+HOW = "make one with kvtool plan export"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Harm curves of all heads under one scorer, averaged over calibration prompts.
+
+    Attributes
+    ----------
+    path : str
+    scorer : str
+        Method whose scores and protected entries the curves were measured with, text form without a budget.
+    protected : int
+        Sink and window of that method.
+    free_shares : ndarray of shape (N,)
+        Share of the unprotected entries that is kept, rising from 0 to 1.
+    harm : ndarray of shape (N, L, H)
+        Predicted harm of the head alone at that share.
+    layers : tuple of int
+        Model layers that were planned.
+    model : dict
+        ``model_id``, ``fingerprint``, ``n_layers``, ``n_kv_heads``.
+    source : dict
+        Task, number of prompts, length, seed and query mode of the capture.
+    """
+
+    path: str
+    scorer: str
+    protected: int
+    free_shares: Float
+    harm: Float
+    layers: tuple[int, ...]
+    model: dict[str, Any]
+    source: dict[str, Any]
+
+    def check_model(self, fingerprint: str, model_id: str) -> None:
+        """Refuse another model.
+
+        Raises
+        ------
+        DataError
+        """
+        if self.model["fingerprint"] != fingerprint:
+            raise DataError(
+                f"plan {self.path} is of {self.model['model_id']}, not of {model_id}; {HOW} from a capture of this model"
+            )
+
+    def hulls(self, seq_len: int, minimum: int) -> list[Hull]:
+        """Return the lower convex hull of every (layer, head), layer-major, over budgets ``minimum ... seq_len``."""
+        free = seq_len - minimum
+        entries = minimum + np.round(self.free_shares * free).astype(np.int64)
+        entries, first = np.unique(entries, return_index=True)
+        curves = self.harm[first].reshape(len(entries), -1)
+        return [lower_hull(entries, curves[:, k]) for k in range(curves.shape[1])]
+
+    def budgets(self, budget: int, seq_len: int, minimum: int, shape: str = "free") -> NDArray[np.int64]:
+        """Return budgets of every (layer, head) with the mean `budget`, (L, H).
+
+        Parameters
+        ----------
+        shape : str
+            ``"free"``: the optimum of the curves; ``"layer"``: heads of a layer alike; ``"rank1"``: a factor per layer times one per
+            head, HACE's shape.
+        """
+        n_layers, n_heads = self.harm.shape[1:]
+        if minimum >= seq_len:
+            return np.full((n_layers, n_heads), seq_len)
+        total, hulls = budget * n_layers * n_heads, self.hulls(seq_len, minimum)
+        if shape == "layer":
+            points = hulls[0].entries if len(hulls) == 1 else np.unique(np.concatenate([h.entries for h in hulls]))
+            joined = [
+                lower_hull(
+                    points,
+                    np.sum([np.interp(points, h.entries, h.harm) for h in hulls[i * n_heads : (i + 1) * n_heads]], axis=0),
+                )
+                for i in range(n_layers)
+            ]
+            per_layer = water_fill(joined, total, np.full(n_layers, n_heads))
+            return np.repeat(per_layer[:, None], n_heads, axis=1)
+        best = water_fill(hulls, total).reshape(n_layers, n_heads)
+        if shape == "rank1":
+            product = rank_one(best.astype(np.float64), minimum) - minimum
+            return np.asarray(share(total, product.flatten().tolist(), minimum, seq_len)).reshape(best.shape)
+        return best
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a plan atomically; `read_plan` gives the same figures back."""
+    value = {"schema": SCHEMA, **asdict(plan)}
+    del value["path"]
+    value |= {"free_shares": plan.free_shares.tolist(), "harm": plan.harm.tolist(), "layers": list(plan.layers)}
+    write_json(path, value)
+
+
+def read_plan(path: str) -> Plan:
+    """Read a plan; the same file is read once.
+
+    Raises
+    ------
+    DataError
+        Missing, damaged, or of another schema.
+    """
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise DataError(f"plan {path} not found; {HOW}") from error
+    return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=16)
+def _read(path: str, mtime: int, size: int) -> Plan:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"plan {path} cannot be read ({' '.join(str(error).split())[:120]}); {HOW}") from error
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        raise DataError(f"{path} is no plan (schema {SCHEMA!r} is needed); {HOW}")
+    try:
+        plan = Plan(
+            path,
+            str(value["scorer"]),
+            int(value["protected"]),
+            np.asarray(value["free_shares"], dtype=np.float64),
+            np.asarray(value["harm"], dtype=np.float64),
+            tuple(int(layer) for layer in value["layers"]),
+            dict(value["model"]),
+            dict(value["source"]),
+        )
+        shape = (len(plan.free_shares), len(plan.layers), int(plan.model["n_kv_heads"]))
+        if plan.harm.shape != shape:
+            raise ValueError(f"harm has shape {plan.harm.shape}, {shape} is needed")
+        rising = len(plan.free_shares) > 1 and (np.diff(plan.free_shares) > 0).all()
+        if not rising or plan.free_shares[0] != 0 or plan.free_shares[-1] != 1:
+            raise ValueError("free_shares must rise from 0 to 1")
+        if not np.isfinite(plan.harm).all() or not isinstance(plan.model["fingerprint"], str):
+            raise ValueError("harm must be finite, and the model's fingerprint a text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"plan {path} is damaged ({error}); {HOW}") from error
+    return plan
