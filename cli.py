@@ -242,12 +242,14 @@ def infer(
     kvtool infer -t niah -n 32 --length 2048 --shortlist sim/shortlist.yaml -o run
     kvtool infer -m ./my-model -t file:questions.jsonl -p snapkv -p random -r 5%,10% -o run
     """
+    from kvtool.infer.cache import check_moments
     from kvtool.infer.runner import InferConfig, run_infer
 
     chosen = _chosen_policies(policies, retention, heads, shortlist)
     loaded = _load(model, device, dtype)
     samples = _samples(loaded, task, n, length, seed, template)
     if dry_run:
+        check_moments(chosen, loaded.model)
         units = [{"sample": s.sample.id, "policy": str(p)} for s in samples for p in chosen]
         emit(as_json, units, f"{len(units)} units: {len(samples)} samples x {len(chosen)} policies, and the full cache")
         return
@@ -361,11 +363,18 @@ def policies(ctx: click.Context, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def policies_show(name: str, as_json: bool) -> None:
-    """Formula, defaults, source, needs and study names of one policy."""
-    from kvtool.policies.describe import policy_facts, policy_options, show
+    """Formula, defaults, source, needs and study names of one policy; a study's name and a file of a policy will do.
 
-    facts = policy_facts(name)
-    emit(as_json, {**facts, "options": policy_options()}, show(facts))
+    \b
+    kvtool policies show hace
+    kvtool policies show h2o_8_64_512
+    """
+    from kvtool.policies.describe import named_policy, policy_facts, policy_options, show
+
+    method, policy = named_policy(name)
+    facts = policy_facts(method)
+    text = show(facts) if policy is None else f"{name} is {policy}\n\n{show(facts)}"
+    emit(as_json, {**facts, "options": policy_options(), "policy": policy}, text)
 
 
 @cli.command()

@@ -36,12 +36,15 @@ BUDGETS = ("4%", "6%", "10%")
 SMALL = {"duo": "sink=4,recent=28"}
 #: beside the defaults: what explains their order, compensation at equal bytes, official rules
 VARIANTS = (
+    "expected:window=32",
+    "keynorm:window=32",
     "snapkv:window=8",
     "snapkv:window=8,kernel=11",
     "cake:window=8,kernel=11",
     "pyramidkv:window=8,kernel=11",
     "adakv:window=8,kernel=11",
     "lava:window=8,kernel=11",
+    "lava:window=8,kernel=11,floor=0.2",
     "critical:window=8,kernel=11",
     "defensive:window=8,kernel=11",
     "hace:scorer=snapkv,window=8,kernel=11",

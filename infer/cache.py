@@ -95,6 +95,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
 class CompressedCache(Cache):  # type: ignore[misc]
     """KV cache compressed by a policy after the first forward; with ``decode=evict`` after every forward.
 
+    The first forward is taken for the prompt. With `generate`'s own ``prefill_chunk_size`` that would be the first chunk only; use
+    the policy's ``chunk=n`` instead.
+
     Parameters
     ----------
     policy : Policy or str

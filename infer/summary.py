@@ -193,5 +193,6 @@ def text_table(rows: Sequence[PolicyRow]) -> str:
 
 def _note(row: PolicyRow) -> str:
     notes = ["degenerate"] if row.degenerate else []
+    notes += ["drops nothing"] if row.policy != FULL and row.retention is not None and row.retention >= 1 else []
     notes += [f"{row.n_oom} oom"] if row.n_oom else []
     return ", ".join(notes + ([f"{row.n_impossible} impossible"] if row.n_impossible else []))

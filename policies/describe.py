@@ -11,7 +11,7 @@ from typing import Any
 from kvtool.policies.base import Method
 from kvtool.policies.names import FORMS, METHODS
 from kvtool.policies.registry import method_class, method_classes
-from kvtool.policies.text import OPTIONS
+from kvtool.policies.text import OPTIONS, policy_from_dict, text_values
 
 #: Columns of a terminal that the texts fit into.
 WIDTH = 100
@@ -84,6 +84,21 @@ def policy_facts(name: str) -> dict[str, Any]:
         "study_names": [FORMS[form] for form, owner in METHODS.items() if owner == cls.name],
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+def named_policy(name: str) -> tuple[str, str | None]:
+    """Return the method behind a name, and the policy in full where the name is a study's or a file's.
+
+    Raises
+    ------
+    ConfigError
+        Neither, with near matches.
+    """
+    values = text_values(name)
+    method = str(values.pop("name"))
+    if method == name or not values:
+        return method, None
+    return method, str(policy_from_dict({"name": method, **values}))
 
 
 def can_decode(method: Method) -> bool:

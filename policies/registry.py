@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from kvtool.errors import ConfigError, near_matches
 from kvtool.policies.base import Method
+from kvtool.progress import say
 
 ENTRY_POINT_GROUP = "kvtool.policies"
 
@@ -30,8 +31,24 @@ def method_classes() -> dict[str, type[Method]]:
             if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
                 _add(found, value)
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        _add(found, entry.load())
+        if (cls := _load(entry)) is not None:
+            _add(found, cls)
     return found
+
+
+def _load(entry: EntryPoint) -> type[Method] | None:
+    """Load another package's method; a broken one is left out, and it is said whose it is."""
+    owner = entry.dist.name if entry.dist else "an unknown package"
+    try:
+        cls = entry.load()
+        if not (isinstance(cls, type) and issubclass(cls, Method) and isinstance(getattr(cls, "name", None), str)):
+            raise TypeError("it is no subclass of kvtool.policies.base.Method with a name")
+        cls().parts()
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        say(f"policies: entry point {entry.name!r} of {owner} is left out ({type(error).__name__}: {line})")
+        return None
+    return cls
 
 
 def _add(found: dict[str, type[Method]], cls: type[Method]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import ConfigError, KvtoolError
 from kvtool.policies.base import LayerView, Policy, Request
@@ -97,7 +97,14 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
     """
     parts, seq_len = policy.method.parts(), views[0].seq_len
     request = Request(policy.entries(seq_len), policy.minimum(seq_len), parts.selector, implied=policy.budget is None)
+    if policy.budget is not None and request.budget >= seq_len:
+        # A budget for everything drops nothing, whatever a method's rule would do with it.
+        return [[seq_len] * view.n_kv_heads for view in views]
     budgets = parts.allocator.allocate(views, scores, request)
+    if not policy.method.exact:
+        # Official rules count what a short prompt has not got.
+        least = min(parts.selector.protected, seq_len)
+        budgets = [[min(seq_len, max(n, least)) for n in heads] for heads in budgets]
     if policy.compensation.takes_slots:
         budgets = _with_room_for_slots(policy, budgets, request, seq_len)
     flat = [n for heads in budgets for n in heads]
@@ -220,9 +227,17 @@ def select(
     import torch
 
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
+    _check_request(policy, queries, keys, values, {"head_scores": head_scores, "output_weights": output_weights})
     views = []
     for layer, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        if q.dim() != 3 or k.dim() != 3 or k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:] or q.shape[0] % k.shape[0]:
+        if (
+            not q.numel()
+            or q.dim() != 3
+            or k.dim() != 3
+            or k.shape[:2] != v.shape[:2]
+            or q.shape[1:] != k.shape[1:]
+            or q.shape[0] % k.shape[0]
+        ):
             raise ConfigError(
                 f"layer {layer}: queries [heads, T, D], keys and values [kv_heads, T, D] are needed, "
                 f"found {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
@@ -234,3 +249,31 @@ def select(
             raise ConfigError(f"layer {layer}: {list(importance.shape)} head scores were given for {q.shape[0]} query heads")
         views.append(TensorView(inputs, layer, len(queries), seed, importance))
     return kept_positions(policy, views)
+
+
+def _check_request(
+    policy: Policy,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    more: dict[str, Sequence[Any] | Tensor | None],
+) -> None:
+    """Refuse what `select` cannot serve before anything is computed."""
+    import torch
+
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"a policy or its text is needed, found {type(policy).__name__}; policy_from_dict reads a dict")
+    if policy.when.chunk:
+        raise ConfigError(
+            f"policy {policy}: select sees a whole prompt; chunk= is for CompressedCache and kvtool infer, remove it"
+        )
+    counts = {"queries": len(queries), "keys": len(keys), "values": len(values)}
+    counts |= {name: len(given) for name, given in more.items() if given is not None}
+    if len(set(counts.values())) != 1 or not counts["queries"]:
+        found = ", ".join(f"{n} {name}" for name, n in counts.items())
+        raise ConfigError(f"one entry per layer is needed in each list, and at least one layer; found {found}")
+    for tensor in (*queries, *keys, *values):
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(
+                f"queries, keys and values must be torch tensors, found {type(tensor).__name__}; use torch.from_numpy"
+            )

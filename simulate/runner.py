@@ -86,7 +86,7 @@ class SimulateSummary:
         """Return the table that the command prints: the best configurations of each budget."""
         from kvtool.textgrid import figure, grid
 
-        lines, places = [], Counter[str | None]()
+        lines, places, remarks = [], Counter[str | None](), dict[str, int]()
         for row in self.rows:
             places[row.budget] += 1
             if places[row.budget] > SHOWN and row.status == "ok" and not row.shortlisted:
@@ -98,6 +98,10 @@ class SimulateSummary:
                 if on
             ]
             notes += [row.status] if row.status != "ok" else []
+            notes += ["drops nothing"] if row.budget is not None and row.status == "ok" and row.retention >= 1 else []
+            if text := row.note or row.message:
+                remarks.setdefault(text, len(remarks) + 1)
+                notes.append(f"({remarks[text]})")
             notes += [f"refined nll {row.refined['nll']:.3f}"] if row.refined else []
             mark = "*" if row.shortlisted else ""
             cells = [
@@ -110,10 +114,10 @@ class SimulateSummary:
             lines.append([*cells, interval, figure(row.recall, 3), ", ".join(notes)])
         table = grid(["policy", "kept", "rank", "short", "harm", "95 %", "recall", "note"], lines)
         note = f"{self.n_configurations} configurations on {self.n_samples} prompts; {self.n_shortlisted} shortlisted (*)"
-        note += f"; {self.n_impossible} impossible (budget below the protected entries)" if self.n_impossible else ""
+        note += f"; {self.n_impossible} impossible" if self.n_impossible else ""
         note += f"; {len(self.rows) - len(lines)} more in ranking.jsonl" if len(lines) < len(self.rows) else ""
         files = [str(self.folder / name) for name in ("ranking.jsonl", "shortlist.yaml", "ranking.png")]
-        return "\n".join([table, "", note, *files])
+        return "\n".join([table, "", note, *(f"({number}) {text}" for text, number in remarks.items()), *files])
 
 
 def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | None = None) -> SimulateSummary:

@@ -291,3 +291,17 @@ def test_policies_show_tells_everything(name: str) -> None:
     if not cls.keeps_all:
         assert all(f"{option}=" in shown for option in facts["options"])
     assert all(form in words for form in facts["study_names"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("h2o_8_64_512", "h2o:budget=512,window=64,sink=8,decode=evict"),
+        ("snapkv:budget=5%,window=8", "snapkv:budget=5%,window=8"),
+    ],
+)
+def test_a_study_name_or_a_text_is_shown_as_the_policy_it_is(name: str, text: str) -> None:
+    result = CliRunner().invoke(cli, ["policies", "show", name])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"{name} is {text}\n")
+    assert CliRunner().invoke(cli, ["policies", "show", "baseline"]).output.startswith("full: ")

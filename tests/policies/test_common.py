@@ -134,6 +134,40 @@ def test_slots_of_a_compensation_are_part_of_the_budget(name: str, options: str)
     assert all("window_mean/32" in policy.needs() for _ in range("weighted" in options))
 
 
+OFFICIAL = [
+    "headkv:rule=official",
+    "headkv:rule=factory",
+    "pyramidkv:rule=factory",
+    "pyramidkv:rule=adakv",
+    "pyramidkv:rule=kvpress",
+    "adakv:rule=official",
+    "adakv:rule=kvpress",
+    "cake:rule=official",
+    "cake:rule=official,cascade=true",
+    "cake:cascade=true",
+]
+
+
+@pytest.mark.parametrize("rule", OFFICIAL)
+@pytest.mark.parametrize("seq_len", [1, 3, 5, 20, 31, 33, 90])
+def test_official_rules_on_any_length(rule: str, seq_len: int) -> None:
+    views = toy_views(seq_len)
+    for budget in ("100%", "64entries", "5000entries", "60%", "45%", "36entries"):
+        policy = parse_policy(f"{rule},budget={budget}")
+        selector = policy.method.parts().selector
+        assert policy.budget is not None
+        entries = policy.budget.resolve(seq_len)
+        if entries < policy.minimum(seq_len):
+            with pytest.raises(ConfigError, match="smaller than its"):
+                kept_positions(policy, views)
+            continue
+        heads = [p.tolist() for layer in kept_positions(policy, views) for p in layer]
+        protected = set(range(max(0, seq_len - selector.window), seq_len))
+        assert all(head == sorted(set(head)) and protected <= set(head) <= set(range(seq_len)) for head in heads)
+        if entries == seq_len:
+            assert heads == [list(range(seq_len))] * len(heads)
+
+
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_is_deterministic(name: str) -> None:
     assert kept(text(name, 40)) == kept(text(name, 40))

@@ -187,7 +187,8 @@ def test_policies_without_their_file(
     assert not needy & names
     assert "hace-layer" in names
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
+    assert len(said) == 2
+    assert said[1].startswith("policies: without optimal: ")
     assert "--heads FILE (kvtool classify makes one)" in said[0]
     assert set(said[0].rpartition(": a file")[0].removeprefix("policies: without ").split(", ")) == needy
     for name in needy:

@@ -91,3 +91,42 @@ def test_a_method_from_outside(random_model: Callable[..., Any], tmp_path: Path)
 def test_it_is_gone_without_its_package() -> None:
     with pytest.raises(ConfigError, match="unknown policy 'large'"):
         select("large:budget=10", [torch.zeros(1, 20, 4)], [torch.zeros(1, 20, 4)], [torch.zeros(1, 20, 4)])
+
+
+@pytest.mark.parametrize(
+    "target", ["no_such_module:LargeEntries", "large_entries:Missing", "large_entries:Product", "json:dumps"]
+)
+def test_a_broken_one_is_left_out_and_named(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "large_entries.py").write_text(PLUGIN)
+    info = tmp_path / "large_entries-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: large-entries\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[kvtool.policies]\nlarge = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    method_classes.cache_clear()
+    try:
+        assert "large" not in method_classes()
+        assert "snapkv" in method_classes()
+        assert "entry point 'large' of large-entries is left out" in capsys.readouterr().err
+    finally:
+        method_classes.cache_clear()
+
+
+def test_what_select_cannot_serve_is_refused_in_one_line() -> None:
+    q, k = torch.zeros(2, 20, 4), torch.zeros(1, 20, 4)
+    for arguments, match in (
+        (([], [], []), "at least one layer"),
+        (([q], [k, k], [k]), "1 queries, 2 keys"),
+        (([q[:, :0]], [k[:, :0]], [k[:, :0]]), "layer 0: queries"),
+        (([q.numpy()], [k.numpy()], [k.numpy()]), "torch tensors"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            select("window:budget=10", *arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="whole prompt"):
+        select("window:budget=10,chunk=5", [q], [k], [k])
+    with pytest.raises(ConfigError, match="2 head_scores"):
+        select("headkv:budget=10", [q], [k], [k], head_scores=torch.ones(2, 2))
+    with pytest.raises(ConfigError, match="found dict"):
+        select({"name": "window"}, [q], [k], [k])  # type: ignore[arg-type]
