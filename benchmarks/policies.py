@@ -28,11 +28,13 @@ from kvtool.files import read_records
 from kvtool.infer.runner import RECORDS, InferConfig, run_infer
 from kvtool.models import LoadedModel, load_model
 from kvtool.policies import expand_policies, kept_positions, method_classes, method_key
+from kvtool.simulate.plan import export_plan
 
 RESULT = Path(__file__).parent / "results" / "policies"
 LENGTH, PROMPTS, SEED, HEADS_SEED, HEADS_PROMPTS = 1024, 48, 0, 500, 16
 BUDGETS = ("4%", "6%", "10%")
-#: parameters where the defaults are meant for longer prompts
+#: the scores that optimal budgets were planned for; parameters where the defaults are meant for longer prompts
+PLANNED = "snapkv:window=8,kernel=11"
 SMALL = {"duo": "sink=4,recent=28"}
 #: beside the defaults: what explains their order, compensation at equal bytes, official rules
 VARIANTS = (
@@ -56,12 +58,14 @@ VARIANTS = (
 
 
 def texts(heads: Path) -> list[str]:
-    """Return every method that can run, and the variants, with a heads file where one is taken."""
+    """Return every method that can run, and the variants, with a heads file or a plan where one is taken."""
     found = []
     for text in [*(name for name, cls in method_classes().items() if not (cls.simulate_only or cls.keeps_all)), *VARIANTS]:
         name, _, rest = text.partition(":")
         items = [rest, SMALL.get(name, "") if not rest else ""]
-        items += [f"heads={heads}"] if "heads" in method_classes()[name].__dataclass_fields__ else []
+        fields = method_classes()[name].__dataclass_fields__
+        items += [f"heads={heads}"] if "heads" in fields else []
+        items += [f"plan={heads.with_name('plan.json')}"] if "plan" in fields else []
         items = [item for item in items if item]
         found.append(name + (":" + ",".join(items) if items else ""))
     return found
@@ -75,6 +79,7 @@ def make_heads(loaded: LoadedModel, work: Path) -> Path:
         config = CaptureConfig("niah", "tiny", HEADS_PROMPTS, LENGTH, HEADS_SEED, mode)
         run_capture(config, loaded, samples, work / f"{mode}.h5")
     run_classify(work / "prompt.h5", work / "heads.json")
+    export_plan(work / "prompt.h5", PLANNED, work / "plan.json")
     return work / "heads.json"
 
 
@@ -103,8 +108,10 @@ def evidence_kept(work: Path, heads: Path, mode: str) -> tuple[str, dict[str, fl
 
 
 def plain(method: str, heads: Path) -> str:
-    """Return a method's text without the path of the heads file."""
-    return method.replace(f",heads={heads}", "").replace(f":heads={heads},", ":").replace(f":heads={heads}", "")
+    """Return a method's text without the paths of the heads file and the plan."""
+    for item in (f"heads={heads}", f"plan={heads.with_name('plan.json')}"):
+        method = method.replace(f",{item}", "").replace(f":{item},", ":").replace(f":{item}", "")
+    return method
 
 
 def measure(loaded: LoadedModel, work: Path, heads: Path, compress_at: Any) -> dict[str, dict[str, Any]]:
