@@ -33,7 +33,7 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": "--" if method.startswith("random") else "-",
+            "linestyle": "--" if method.startswith("random") else ":" if points[0].yardstick else "-",
             "markersize": 5,
         }
         x = [100 * row.retention for row in points]
@@ -75,10 +75,11 @@ def _apart(values: list[float]) -> list[float]:
 
 
 def _best_methods(rows: Sequence[Row]) -> list[str]:
-    """The `MOST` methods of smallest mean harm, control included, in order of name."""
+    """The `MOST` methods of smallest mean harm, those on the Pareto front and the control included, in order of name."""
     harms: dict[str, list[float]] = {}
     for row in rows:
         harms.setdefault(row.method, []).append(row.harm or 0.0)
-    best = sorted(harms, key=lambda m: sum(harms[m]) / len(harms[m]))[:MOST]
+    front = {row.method for row in rows if row.pareto}
+    best = sorted(harms, key=lambda m: (m not in front, sum(harms[m]) / len(harms[m])))[:MOST]
     control = [m for m in harms if m == "random" and m not in best]
     return sorted(best[: MOST - len(control)] + control)

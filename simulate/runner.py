@@ -99,7 +99,7 @@ class SimulateSummary:
             ]
             notes += [row.status] if row.status != "ok" else []
             notes += ["drops nothing"] if row.budget is not None and row.status == "ok" and row.retention >= 1 else []
-            if text := row.note or row.message:
+            if text := (row.note or row.message or "").removeprefix(f"policy {row.policy}: "):
                 remarks.setdefault(text, len(remarks) + 1)
                 notes.append(f"({remarks[text]})")
             notes += [f"refined nll {row.refined['nll']:.3f}"] if row.refined else []
