@@ -51,6 +51,8 @@ def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
     able = [
         r for r in rows if r.status == "ok" and r.budget and r.change and r.score and not r.degenerate and not _is_control(r)
     ]
+    if not able and not reality.config.get("generate", True):
+        return Answer("Nothing was generated (--no-generate): there are no task scores to recommend by.", (), None)
     if not able:
         return Answer("No compressed configuration was run for real: there is nothing to recommend.", (), None)
     good = [r for r in able if r.change and r.change.low >= -TOLERANCE]

@@ -291,6 +291,7 @@ def text_tokens(request: TaskRequest, tokenizer: Any, default: str, n_needed: in
 
 def _build_text(request: TaskRequest, tokenizer: Any) -> list[Encoded]:
     n_answer = int_option(request, "continue", 16, 2, 512)
+    n_lead = int_option(request, "lead", 0, 0, max(0, request.length // 2))
     first = first_ids(tokenizer)
     tokens = text_tokens(request, tokenizer, "walden.txt", request.length + n_answer)
     encoded = []
@@ -302,14 +303,14 @@ def _build_text(request: TaskRequest, tokenizer: Any) -> list[Encoded]:
         answer = tokens[start + n_context : start + n_context + n_answer].tolist()
         sample = Sample(
             id=f"text-{request.length}-s{request.seed}-{index:04d}",
-            context=tokenizer.decode(context),
-            question="",
+            context=tokenizer.decode(context[: n_context - n_lead]),
+            question=tokenizer.decode(context[n_context - n_lead :]),
             answers=(tokenizer.decode(answer),),
             metric="f1",
             max_new_tokens=n_answer,
             meta={"task": "text", "length": request.length, "start": start},
         )
-        encoded.append(Encoded(sample, first + context, [], answer))
+        encoded.append(Encoded(sample, first + context[: n_context - n_lead], context[n_context - n_lead :], answer))
     return encoded
 
 
@@ -333,7 +334,11 @@ TASKS: dict[str, Task] = {
     ),
     "text": Task(
         "continuation: the text's own next tokens are the answer",
-        {"path": "path of a UTF-8 text, default an embedded book", "continue": "tokens to continue, default 16"},
+        {
+            "path": "path of a UTF-8 text, default an embedded book",
+            "continue": "tokens to continue, default 16",
+            "lead": "last tokens of the prompt that count as the question (compress_at=context does not see them), default 0",
+        },
         _build_text,
     ),
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: Allowed difference between planned and measured bytes, slack apart.
 BYTES_TOLERANCE = 0.01
 
-#: Fields of a record that only a finished unit has.
+#: Fields of a record that only a finished unit has; without generation those of the generated text stay empty.
 RESULTS = (
     *("retention", "entries", "prediction", "prediction_ids", "n_generated", "score"),
     *("answer_accuracy", "answer_exact", "answer_nll", "answer_margin"),
@@ -52,6 +52,8 @@ class Unit:
     n_new, n_answer : int
         Most new tokens; most answer tokens that are fed teacher-forced.
     kernel : str
+    generate : bool
+        False: the gold answer is fed and nothing is generated, unless the sample has no gold answer.
     """
 
     encoded: Encoded
@@ -60,6 +62,7 @@ class Unit:
     n_new: int
     n_answer: int
     kernel: str
+    generate: bool = True
 
     @property
     def key(self) -> str:
@@ -185,35 +188,36 @@ def measure(loaded: LoadedModel, unit: Unit, state: PromptState, planned: Plan, 
     cache, compress_s, state = start.cache, start.compress_s, start.state
     at_prompt = cache.count_bytes()
     entries = check_plan(policy, planned, state, start.kept, at_prompt)
-    left = cache.left
-    made = generate(model, state, cache, question, unit.n_new, stop_tokens(model))
-    cache.check_capacities()
-    text = loaded.tokenizer.decode(made.ids, skip_special_tokens=True)
-    gold = gold or Gold(made.ids[: unit.n_answer], [text], from_model=True)
-    # A second cache with the same entries: the first one holds the generated tokens by now.
-    scores = score_answer(model, start.twin(), question, gold.ids)
-    ttft_s = state.forward_s + compress_s + made.first_s
     record = unit.blank("ok", None)
-    if gold.from_model:
-        record["meta"]["answer_source"] = "full-cache"
-    return {
-        **record,
+    record |= {
         "retention": entries / state.seq_len,
         "entries": entries,
-        "prediction": text,
-        "prediction_ids": made.ids,
-        "n_generated": len(made.ids),
-        "score": score(unit.encoded.sample.metric, text, gold.texts) if gold.texts else None,
-        **_answer_fields(scores),
         "kv_bytes_planned": planned.total_bytes,
         "kv_bytes_prompt_end": at_prompt.allocated,
-        "kv_bytes_generation_end": cache.count_bytes().allocated,
         "kv_bytes_full": planned.full_bytes,
         "slack_bytes": at_prompt.slack,
-        **_times(ttft_s, compress_s, made),
-        "kernel": cache.kernel_name,
-        "compensation": dataclasses.asdict(left) if policy.compensation.active else None,
+        "compress_s": compress_s,
+        "compensation": dataclasses.asdict(cache.left) if policy.compensation.active else None,
     }
+    if unit.generate or gold is None:
+        made = generate(model, state, cache, question, unit.n_new, stop_tokens(model))
+        cache.check_capacities()
+        text = loaded.tokenizer.decode(made.ids, skip_special_tokens=True)
+        gold = gold or Gold(made.ids[: unit.n_answer], [text], from_model=True)
+        record |= {
+            "prediction": text,
+            "prediction_ids": made.ids,
+            "n_generated": len(made.ids),
+            "score": score(unit.encoded.sample.metric, text, gold.texts) if gold.texts else None,
+            "kv_bytes_generation_end": cache.count_bytes().allocated,
+            **_times(state.forward_s + compress_s + made.first_s, made),
+        }
+    if gold.from_model:
+        record["meta"]["answer_source"] = "full-cache"
+    # Another cache with the same entries where the first one holds generated tokens by now.
+    fresh = start.twin() if record["prediction_ids"] is not None else cache
+    scores = score_answer(model, fresh, question, gold.ids)
+    return {**record, **_answer_fields(scores), "kernel": cache.kernel_name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +324,9 @@ def _answer_fields(scores: AnswerScores) -> dict[str, float | None]:
     }
 
 
-def _times(ttft_s: float, compress_s: float, made: Generation) -> dict[str, float | None]:
+def _times(ttft_s: float, made: Generation) -> dict[str, float | None]:
     return {
         "ttft_s": ttft_s,
-        "compress_s": compress_s,
         "tpot_s": statistics.median(made.step_s) if made.step_s else None,
         "total_s": ttft_s + sum(made.step_s),
     }

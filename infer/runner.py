@@ -51,6 +51,8 @@ class InferConfig:
         Tokens to generate at most; None: what the sample says.
     kernel : str
         See `kvtool.infer.kernels.KERNELS`.
+    generate : bool
+        False: only feed the gold answer, see `kvtool.infer.measure.measure`; no text, no task score, no times per token.
     """
 
     task: str
@@ -62,6 +64,7 @@ class InferConfig:
     answer_tokens: int = 64
     max_new_tokens: int | None = None
     kernel: str = "auto"
+    generate: bool = True
 
     def __post_init__(self) -> None:
         if self.compress_at not in ("prompt", "context"):
@@ -229,7 +232,9 @@ def provenance(loaded: LoadedModel) -> dict[str, Any]:
 def _unit(config: InferConfig, sample: Encoded, policy: Policy) -> Unit:
     from kvtool.infer.measure import Unit
 
-    return Unit(sample, policy, config.compress_at, _n_new(sample, config), config.answer_tokens, config.kernel)
+    return Unit(
+        sample, policy, config.compress_at, _n_new(sample, config), config.answer_tokens, config.kernel, config.generate
+    )
 
 
 def _n_new(sample: Encoded, config: InferConfig) -> int:

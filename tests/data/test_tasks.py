@@ -12,7 +12,7 @@ from kvtool.data.tasks import load_task, sample_seed
 from kvtool.errors import ConfigError, DataError
 
 
-@pytest.mark.parametrize("spec", ["niah", "niah:kind=multikey,keys=4", "niah:kind=multivalue,values=3", "text:continue=9"])
+@pytest.mark.parametrize("spec", ["niah", "niah:kind=multikey,keys=4", "niah:kind=multivalue,values=3", "text:continue=9", "text:lead=7"])
 def test_lengths_are_exact_and_samples_reproducible(spec: str, byte_tokenizer: Any) -> None:
     first, again = (load_task(spec, byte_tokenizer, n=3, length=900, seed=5) for _ in range(2))
     assert first == again
@@ -20,6 +20,15 @@ def test_lengths_are_exact_and_samples_reproducible(spec: str, byte_tokenizer: A
     assert [len(e.prompt_ids) for e in first] == [900] * 3
     assert all(e.context_ids[0] == 0 and e.answer_ids for e in first)
     assert len({e.sample.id for e in first}) == 3
+
+
+def test_the_lead_of_a_text_is_the_question(byte_tokenizer: Any) -> None:
+    whole, parted = (load_task(spec, byte_tokenizer, n=2, length=300, seed=5) for spec in ("text", "text:lead=40"))
+    for a, b in zip(whole, parted, strict=True):
+        assert len(b.question_ids) == 40
+        assert a.context_ids == b.context_ids + b.question_ids
+        assert a.answer_ids == b.answer_ids
+        assert b.sample.question == byte_tokenizer.decode(b.question_ids)
 
 
 def test_evidence_points_at_the_needle(byte_tokenizer: Any) -> None:

@@ -124,6 +124,22 @@ def test_one_shared_prefill_gives_what_separate_runs_give(
             assert record == together[record["sample"], record["policy"]]
 
 
+@pytest.mark.parametrize("mode", ["prompt", "context"])
+def test_without_generation_the_answer_scores_the_same(
+    mode: Any, tmp_path: Path, loaded_model: LoadedModel, encoded: Callable[..., Encoded]
+) -> None:
+    gone = {"prediction", "prediction_ids", "n_generated", "score", "kv_bytes_generation_end", "ttft_s", "tpot_s", "total_s"}
+    for folder, generates in (("with", True), ("without", False)):
+        config = replace(CONFIG, compress_at=mode, generate=generates)
+        run_infer(config, loaded_model, [encoded(0), encoded(1)], parsed(TEXTS), tmp_path / folder)
+    for with_text, without in zip(*(read_records(tmp_path / f / "records.jsonl") for f in ("with", "without")), strict=True):
+        assert all(without[key] is None and with_text[key] is not None for key in gone)
+        assert without["answer_nll"] is not None
+        assert without["compress_s"] > 0
+        same = set(without) - gone - TIMES
+        assert {k: without[k] for k in same} == {k: with_text[k] for k in same}
+
+
 KILLED = """
 import importlib.util, sys, time, torch
 from pathlib import Path
