@@ -238,6 +238,20 @@ def output_weight(module: Any) -> Tensor | None:
     return None
 
 
+def final_norm(model: Any) -> Any | None:
+    """Return the module that normalises the last hidden state before the logits, or None where it cannot be told.
+
+    It is the one module outside of the layers with a single weight vector of the hidden size.
+    """
+    hidden = int(model.config.get_text_config().hidden_size)
+    found = []
+    for name, module in model.base_model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and tuple(weight.shape) == (hidden,) and not any(part.isdigit() for part in name.split(".")):
+            found.append(module)
+    return found[0] if len(found) == 1 else None
+
+
 def unknown_statistics(model: Any) -> tuple[str, ...]:
     """Return the kinds of selection statistics that cannot be computed for a model, as it hides what they need."""
     from kvtool.policies.statistics import NEEDS_OUTPUT_WEIGHT, NEEDS_ROPE

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import AttentionCall, attention_handler, dense_attention
 from kvtool.capture.features import HeadFeatures, compute_features
+from kvtool.capture.permuted import TAIL
 from kvtool.models import output_weight, rotary
 from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
@@ -32,12 +33,15 @@ class PromptRecord:
         Selection statistics, float32 ``[Q, T]`` or ``[H, T]``, on the CPU.
     features : list of HeadFeatures
         On the CPU.
+    tail_queries : list of Tensor ``[Q, min(TAIL, T), D]``
+        Of the last positions, post-RoPE, on the model's device, for the permuted pass.
     """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     selection: list[dict[str, Tensor]] = field(default_factory=list)
     features: list[HeadFeatures] = field(default_factory=list)
+    tail_queries: list[Tensor] = field(default_factory=list)
 
 
 def run_prompt(model: Any, token_ids: Sequence[int], statistics: Sequence[str], feature_rows: int) -> PromptRecord:
@@ -60,8 +64,9 @@ def run_prompt(model: Any, token_ids: Sequence[int], statistics: Sequence[str], 
     rope = rotary(model)
 
     def handler(call: AttentionCall) -> Tensor:
-        _collect(record, call, rope, statistics, feature_rows)
-        return dense_attention(call)
+        outputs = dense_attention(call)
+        _collect(record, call, outputs[0], rope, statistics, feature_rows)
+        return outputs
 
     ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
     # The base model: the prompt's logits are not needed, so none are computed.
@@ -71,17 +76,17 @@ def run_prompt(model: Any, token_ids: Sequence[int], statistics: Sequence[str], 
 
 
 def _collect(
-    record: PromptRecord, call: AttentionCall, rope: Rope | None, statistics: Sequence[str], feature_rows: int
+    record: PromptRecord, call: AttentionCall, outputs: Tensor, rope: Rope | None, statistics: Sequence[str], feature_rows: int
 ) -> None:
     # Contiguous: a view into a fused projection would keep queries and all of that projection alive.
     keys, values = call.keys[0].contiguous(), call.values[0].contiguous()
     inputs = AttentionInputs(call.queries[0], keys, values, call.scaling, call.window, rope, output_weight(call.module))
     selection = compute_statistics(inputs, statistics)
-    features = compute_features(inputs, feature_rows)
+    record.features.append(compute_features(inputs, outputs, feature_rows).cpu())
+    record.tail_queries.append(call.queries[0][:, -TAIL:].clone())
     record.keys.append(keys)
     record.values.append(values)
     record.selection.append({name: value.cpu() for name, value in selection.items()})
-    record.features.append(HeadFeatures(features.sink_mass.cpu(), features.entropy.cpu(), features.distance_profile.cpu()))
 
 
 def greedy_answer(model: Any, token_ids: Sequence[int], n_tokens: int) -> list[int]:

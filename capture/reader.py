@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.capture.records import Features, FloatArray, Probes
+from kvtool.capture.records import Features, FloatArray, Probes, RepeatScores
 from kvtool.errors import DataError
 from kvtool.models import ModelInfo
 
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 SCHEMA = "kvtool.capture/1"
 
-__all__ = ["SCHEMA", "Capture", "CapturedSample", "CapturedView", "Features", "Probes", "open_capture"]
+__all__ = ["SCHEMA", "Capture", "CapturedSample", "CapturedView", "Features", "Probes", "RepeatScores", "open_capture"]
+
+#: head features that a file need not hold
+OPTIONAL_FEATURES = ("masses", "far_entropy", "offset_variance", "head_output", "content_follow", "slot_follow")
 
 
 def parts_folder(path: Path) -> Path:
@@ -173,7 +176,21 @@ class CapturedSample:
             sink_mass, entropy, profile = (
                 np.asarray(group[key][()], dtype=np.float32) for key in ("sink_mass", "entropy", "distance_profile")
             )
-            return Features(sink_mass, entropy, profile, edges, int(group.attrs["n_rows"]), int(group.attrs["sink"]))
+            more = {key: np.asarray(group[key][()], dtype=np.float32) for key in OPTIONAL_FEATURES if key in group}
+            facts = group.attrs
+            local, projected = int(facts.get("local", 32)), bool(facts.get("projected", False))
+            return Features(
+                sink_mass, entropy, profile, edges, int(facts["n_rows"]), int(facts["sink"]), local, projected=projected, **more
+            )
+
+    def layer_probes(self, layer: int) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Return one layer's probes: attention and gain ``[Q, P, T]``, and both of the probe tokens' own entries ``[Q, P]``.
+
+        Nothing of the other layers is read.
+        """
+        keys = ("attention", "gain", "attention_own", "gain_own")
+        attention, gain, attention_own, gain_own = (self._array(f"probes/{key}", layer) for key in keys)
+        return attention, gain, attention_own, gain_own
 
     def probes(self) -> Probes:
         """Return the evaluation probes with their scale applied."""
@@ -183,14 +200,14 @@ class CapturedSample:
             *(self._array(f"probes/{key}") for key in ("attention_own", "gain_own", "margins", "nll", "rows")),
         )
 
-    def _array(self, key: str) -> NDArray[Any]:
+    def _array(self, key: str, layer: int | None = None) -> NDArray[Any]:
         with damage(self.capture.path):
             dataset = self.capture.group(self.index)[key]
-            array: NDArray[Any] = dataset[()]
+            array: NDArray[Any] = dataset[()] if layer is None else dataset[layer]
             if "scale" in dataset.attrs:
                 scale = np.asarray(dataset.attrs["scale"], dtype=np.float32)
                 array = array.astype(np.float32)
-                array *= scale.reshape(-1, *[1] * (array.ndim - 1))
+                array *= scale.reshape(-1, *[1] * (array.ndim - 1)) if layer is None else scale[layer]
             return array
 
 
@@ -232,6 +249,16 @@ class Capture:
     def group(self, index: int) -> Any:
         """Return the HDF5 group of a sample."""
         return self._file[f"samples/{index:05d}"]
+
+    def repeats(self) -> RepeatScores:
+        """Return the scores on repeated random tokens; files without them say so in `RepeatScores.skipped`."""
+        names = ("induction", "echo", "copy")
+        with damage(self.path):
+            if "repeats" not in self._file:
+                return RepeatScores(None, None, None, dict.fromkeys(names, "the capture is of an older kvtool; capture again"))
+            group = self._file["repeats"]
+            found = {name: np.asarray(group[name][()], dtype=np.float32) if name in group else None for name in names}
+            return RepeatScores(**found, skipped=dict(json.loads(group.attrs["skipped"])))
 
     def check_model(self, info: ModelInfo) -> None:
         """Refuse a model that is not the captured one.

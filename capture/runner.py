@@ -44,6 +44,8 @@ class CaptureConfig:
         Answer tokens that are probed, at most.
     feature_rows : int
         Query rows for the head features, evenly spaced.
+    permute : bool
+        Run each prompt a second time with its blocks permuted, for the content-versus-slot score of the heads.
     """
 
     task: str
@@ -56,6 +58,7 @@ class CaptureConfig:
     statistics: tuple[str, ...] | None = None
     answer_tokens: int = 64
     feature_rows: int = 256
+    permute: bool = True
 
     def __post_init__(self) -> None:
         if self.compress_at not in ("prompt", "context"):
@@ -97,6 +100,10 @@ class CaptureSummary:
         Samples whose answer has nothing that compression could change (one token, predicted by the prompt itself).
     n_kept_layers : int
         (sample, layer) pairs that no policy touches: sliding windows shorter than the prompt.
+    n_unpermuted : int
+        Samples without a content-versus-slot score though one was asked for: fewer than two blocks to permute.
+    skipped : dict of str to str
+        Head scores of the model that could not be computed, and why.
     """
 
     path: Path
@@ -107,6 +114,8 @@ class CaptureSummary:
     n_model_answers: int
     n_without_margins: int
     n_kept_layers: int
+    n_unpermuted: int
+    skipped: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +211,21 @@ def run_capture(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[En
         "versions": to_json(provenance),
         "created": _now(),
     }
-    assemble(parts, out, attrs)
+    assemble(parts, out, attrs, {"repeats": _repeats(loaded)})
     remove_parts(folder)
     return _summary(out, n_reused)
+
+
+def _repeats(loaded: LoadedModel) -> StoredSample:
+    """Return the heads' scores on repeated random tokens; they are of the model, so one seed serves every capture."""
+    from kvtool.capture.induction import N_SEQUENCES, N_TOKENS, repeat_scores
+    from kvtool.capture.store import StoredArray, StoredSample, to_json
+
+    found = repeat_scores(loaded, seed=0)
+    for name, reason in found.skipped.items():
+        say(f"capture: no {name} scores: {reason}")
+    facts = {"n_tokens": N_TOKENS, "n_sequences": N_SEQUENCES, "seed": 0, "skipped": to_json(found.skipped)}
+    return StoredSample(facts, {name: StoredArray(values) for name, values in found.scores.items()})
 
 
 def _capture_missing(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded], parts: list[Path]) -> int:
@@ -297,6 +318,8 @@ def _summary(out: Path, n_reused: int) -> CaptureSummary:
             n_model_answers=sum(s.answer_source == "model" for s in samples),
             n_without_margins=sum(s.n_probe == 0 for s in samples),
             n_kept_layers=sum(s.compressible.count(False) for s in samples),
+            n_unpermuted=sum(s.features().content_follow is None for s in samples) if capture.config.get("permute") else 0,
+            skipped=capture.repeats().skipped,
         )
     for line in _notes(summary):
         say(line)
@@ -313,5 +336,7 @@ def _notes(summary: CaptureSummary) -> Iterator[str]:
             f"capture: {summary.n_without_margins} samples have an answer of one token, predicted by the uncompressed prompt: "
             "compression cannot change it; use compress_at=context to judge them"
         )
+    if summary.n_unpermuted:
+        yield f"capture: {summary.n_unpermuted} samples are too short to permute blocks: no content-versus-slot score"
     if summary.n_kept_layers:
         yield f"capture: {summary.n_kept_layers} (sample, layer) pairs have a sliding window shorter than the prompt: left alone"

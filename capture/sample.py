@@ -5,11 +5,13 @@ Shapes: L layers, Q query heads, H KV heads, T prompt positions, P probe tokens,
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.capture.features import DISTANCE_EDGES, SINK, feature_rows
+from kvtool.capture.features import DISTANCE_EDGES, LOCAL, SINK, HeadFeatures, feature_rows
+from kvtool.capture.permuted import BLOCK, TAIL, Permutation, permutation, run_permuted
 from kvtool.capture.probe_pass import ProbeRecord, ProbeTokens, probe_tokens, run_probes
 from kvtool.capture.prompt_pass import PromptRecord, greedy_answer, run_prompt
 from kvtool.capture.reader import selection_key
@@ -43,11 +45,15 @@ def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded)
     compressed = encoded.context_ids if config.compress_at == "context" else encoded.prompt_ids
     tokens = probe_tokens(question, answer)
     prompt = run_prompt(model, compressed, config.names(unknown_statistics(model)), config.feature_rows)
+    seed = sample_seed(sample.id)
+    moves = permutation(len(compressed), seed) if config.permute else None
+    following = {} if moves is None else _following_arrays(model, compressed, prompt, moves)
     arrays = {
         "prompt_ids": StoredArray(np.asarray(encoded.prompt_ids, dtype=np.int32)),
         "answer_ids": StoredArray(np.asarray(answer, dtype=np.int32)),
         **_selection_arrays(prompt, sample.id),
         **_feature_arrays(prompt),
+        **following,
         **_probe_arrays(loaded, prompt, tokens, sample.id),
     }
     attrs: dict[str, Any] = {
@@ -55,7 +61,7 @@ def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded)
         "seq_len": len(compressed),
         "n_prompt": len(encoded.prompt_ids),
         "n_probe": len(tokens.fed),
-        "seed": sample_seed(sample.id),
+        "seed": seed,
         "meta": to_json(sample.meta),
         "answers": to_json(list(sample.answers)),
         "metric": sample.metric,
@@ -66,7 +72,11 @@ def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded)
         "answer_truncated": len(whole) > len(answer),
     }
     n_rows = len(feature_rows(len(compressed), config.feature_rows))
-    return StoredSample(attrs, arrays, {"features": {"n_rows": n_rows, "sink": SINK}})
+    projected = "output_norm" not in unknown_statistics(model)
+    facts = {"n_rows": n_rows, "sink": SINK, "local": LOCAL, "projected": projected}
+    if moves is not None:
+        facts |= {"block": BLOCK, "tail": TAIL, "n_blocks": (moves.stop - moves.start) // BLOCK}
+    return StoredSample(attrs, arrays, {"features": facts})
 
 
 def _selection_arrays(prompt: PromptRecord, sample_id: str) -> dict[str, StoredArray]:
@@ -82,9 +92,18 @@ def _selection_arrays(prompt: PromptRecord, sample_id: str) -> dict[str, StoredA
 def _feature_arrays(prompt: PromptRecord) -> dict[str, StoredArray]:
     edges = {"edges": np.asarray(DISTANCE_EDGES, dtype=np.int64)}
     return {
-        "features/sink_mass": StoredArray(_stack([f.sink_mass for f in prompt.features])),
-        "features/entropy": StoredArray(_stack([f.entropy for f in prompt.features])),
-        "features/distance_profile": StoredArray(_stack([f.distance_profile for f in prompt.features]), attrs=edges),
+        f"features/{f.name}": StoredArray(
+            _stack([getattr(layer, f.name) for layer in prompt.features]), attrs=edges if f.name == "distance_profile" else {}
+        )
+        for f in fields(HeadFeatures)
+    }
+
+
+def _following_arrays(model: Any, token_ids: list[int], prompt: PromptRecord, moves: Permutation) -> dict[str, StoredArray]:
+    found = run_permuted(model, token_ids, prompt, moves)
+    return {
+        "features/content_follow": StoredArray(found.content.numpy()),
+        "features/slot_follow": StoredArray(found.slot.numpy()),
     }
 
 

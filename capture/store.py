@@ -91,15 +91,19 @@ def write_part(path: Path, sample: StoredSample) -> None:
     image = io.BytesIO()
     with h5py.File(image, "w", libver="v110") as file:
         group = file.create_group(_GROUP)
-        for key, value in sample.attrs.items():
-            group.attrs[key] = value
-        for key, stored in sample.arrays.items():
-            _write_array(group, key, stored)
-        for key, attrs in sample.group_attrs.items():
-            group[key].attrs.update(attrs)
+        _write_group(group, sample)
         file.flush()
         group.attrs["complete"] = True
     write_atomic(path, lambda target: target.write(image.getbuffer()))
+
+
+def _write_group(group: Any, sample: StoredSample) -> None:
+    for key, value in sample.attrs.items():
+        group.attrs[key] = value
+    for key, stored in sample.arrays.items():
+        _write_array(group, key, stored)
+    for key, attrs in sample.group_attrs.items():
+        group[key].attrs.update(attrs)
 
 
 def _write_array(group: Any, key: str, stored: StoredArray) -> None:
@@ -130,7 +134,7 @@ def clean_parts(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any]) -> None:
+def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any], shared: Mapping[str, StoredSample] | None = None) -> None:
     """Put the parts together into one file, atomically.
 
     Parameters
@@ -141,6 +145,8 @@ def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any]) -> None:
         Final file; the temporary one lies beside the parts.
     attrs : mapping
         Root attributes; the schema is added.
+    shared : mapping, optional
+        Groups beside the samples: what is of the model and not of a prompt.
 
     Raises
     ------
@@ -154,10 +160,11 @@ def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any]) -> None:
         try:
             # All space is claimed before HDF5 starts: libhdf5 may crash the process when a write fails.
             claim = sum(part.stat().st_size + (1 << 16) for part in parts) + (1 << 20)
+            claim += sum(stored.array.nbytes for group in (shared or {}).values() for stored in group.arrays.values())
             with temporary.open("wb+", buffering=0) as target:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(target.fileno(), 0, claim)
-                _copy_parts(parts, _ClaimedFile(target), attrs)
+                _copy_parts(parts, _ClaimedFile(target), attrs, shared or {})
                 os.fsync(target.fileno())
             os.replace(temporary, out)
             _sync_folder(out.parent)
@@ -196,11 +203,13 @@ class _ClaimedFile(io.RawIOBase):
         return self._end
 
 
-def _copy_parts(parts: list[Path], target: Any, attrs: Mapping[str, Any]) -> None:
+def _copy_parts(parts: list[Path], target: Any, attrs: Mapping[str, Any], shared: Mapping[str, StoredSample]) -> None:
     with h5py.File(target, "w", libver="v110") as file:
         file.attrs["schema"] = SCHEMA
         for key, value in attrs.items():
             file.attrs[key] = value
+        for name, stored in shared.items():
+            _write_group(file.create_group(name), stored)
         samples = file.create_group("samples")
         for index, part in enumerate(parts):
             try:

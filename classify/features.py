@@ -5,8 +5,9 @@ Shapes: S prompts, L layers, Q query heads, H KV heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 from kvtool.errors import DataError
 
 if TYPE_CHECKING:
-    from kvtool.capture.reader import CapturedSample
+    from kvtool.capture.reader import Capture, CapturedSample, Features
 
 Float = NDArray[np.float64]
 
-#: a key at most this far behind the query is local, in tokens
+#: a key less than this far behind the query is local, in tokens
 LOCAL = 32
 
 
@@ -42,6 +43,16 @@ class HeadTable:
         Mean over probe tokens of abs(sum over entries of the gain): how much the answer's margin hangs on the head.
     retrieval : ndarray or None
         Attention of the probe tokens to the evidence; None if no prompt names its evidence.
+    far_entropy, offset_variance : ndarray or None
+        Entropy of the far part over the logarithm of its keys; share of the variance that the distance alone explains.
+    output, activity : ndarray or None
+        Mean norm of the head's output; the same divided by the mean over the heads of its layer.
+    content : ndarray or None
+        Content-versus-slot score, -2 ... 2: above 0 the head follows tokens to other places, below 0 it stays with the places.
+    induction, echo, copy : ndarray or None
+        Scores on repeated random tokens: of the model, the same for every prompt.
+
+    The last nine are None where the capture does not hold them, NaN where they are undefined for a head on a prompt.
     """
 
     sink: Float
@@ -51,6 +62,18 @@ class HeadTable:
     profile: Float
     importance: Float
     retrieval: Float | None
+    far_entropy: Float | None = None
+    offset_variance: Float | None = None
+    output: Float | None = None
+    activity: Float | None = None
+    content: Float | None = None
+    induction: Float | None = None
+    echo: Float | None = None
+    copy: Float | None = None
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.sink)
 
     def grouped(self, n_kv_heads: int) -> HeadTable:
         """Return the features of the KV heads, ``(S, L, H)``: means over the query heads that share one."""
@@ -59,9 +82,21 @@ class HeadTable:
             if values is None:
                 return None
             groups = values.reshape(*values.shape[:2], n_kv_heads, -1, *values.shape[3:])
-            return np.asarray(groups.mean(3), dtype=np.float64)
+            return nanmean(groups, 3)
 
         return HeadTable(**{f.name: mean(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+    def take(self, prompts: NDArray[np.int64]) -> HeadTable:
+        """Return the same of some prompts only."""
+        found: dict[str, Any] = {f.name: None if (v := getattr(self, f.name)) is None else v[prompts] for f in fields(self)}
+        return HeadTable(**found)
+
+
+def nanmean(values: Float, axis: int) -> Float:
+    """Return the mean of what is defined; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmean(values, axis=axis), dtype=np.float64)
 
 
 def distance_edges(samples: list[CapturedSample]) -> list[int]:
@@ -78,30 +113,90 @@ def distance_edges(samples: list[CapturedSample]) -> list[int]:
     return list(edges.pop())
 
 
+@dataclass(slots=True)
+class _Lists:
+    """Features as they are read, one entry per prompt; a feature that any prompt lacks is left out."""
+
+    found: dict[str, list[Float]] = field(default_factory=dict)
+
+    def add(self, **values: NDArray[np.floating] | None) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self.found.setdefault(name, []).append(np.asarray(value, dtype=np.float64))
+
+    def table(self, n_prompts: int) -> dict[str, Float | None]:
+        whole = {name: np.stack(values) for name, values in self.found.items() if len(values) == n_prompts}
+        return {f.name: whole.get(f.name) for f in fields(HeadTable)}
+
+
 def head_table(samples: list[CapturedSample]) -> HeadTable:
     """Read the features of all prompts; their distance bins must be the same, see `distance_edges`."""
-    sink, local, entropy, profile, importance, retrieval = [], [], [], [], [], []
+    lists = _Lists()
     for sample in samples:
         features, probes = sample.features(), sample.probes()
-        profile.append(features.distance_profile)
-        near = np.asarray(features.edges) < LOCAL
-        sink.append(features.sink_mass)
-        local.append(features.distance_profile[..., near].sum(-1))
-        entropy.append(features.entropy)
+        sink, local, far = _masses(features)
         gains = np.abs(probes.gain.sum(-1) + probes.gain_own)
-        importance.append(gains.mean(-1) if gains.shape[-1] else np.zeros(gains.shape[:-1]))
+        content = None
+        if features.content_follow is not None and features.slot_follow is not None:
+            content = features.content_follow - features.slot_follow
+        output = features.head_output
+        lists.add(
+            sink=sink,
+            local=local,
+            far=far,
+            entropy=features.entropy,
+            profile=features.distance_profile,
+            importance=gains.mean(-1) if gains.shape[-1] else np.zeros(gains.shape[:-1]),
+            far_entropy=features.far_entropy,
+            offset_variance=features.offset_variance,
+            output=output,
+            # All zero in a layer: nobody is more active than another.
+            activity=None if output is None else output / np.maximum(output.mean(-1, keepdims=True), 1e-30),
+            content=content,
+        )
         spans = [span for span in sample.meta.get("evidence", []) if span[1] <= sample.seq_len]
         if spans and probes.attention.shape[2]:
             positions = np.concatenate([np.arange(a, b) for a, b in spans])
-            retrieval.append(probes.attention[..., positions].sum(-1).mean(-1))
-    sink_all, local_all = np.asarray(sink, dtype=np.float64), np.asarray(local, dtype=np.float64)
-    return HeadTable(
-        sink=sink_all,
-        local=local_all,
-        # On prompts shorter than sink + LOCAL both can count one key: far is then 0, not negative.
-        far=np.clip(1 - sink_all - local_all, 0, 1),
-        entropy=np.asarray(entropy, dtype=np.float64),
-        profile=np.asarray(profile, dtype=np.float64),
-        importance=np.asarray(importance, dtype=np.float64),
-        retrieval=np.asarray(retrieval, dtype=np.float64) if len(retrieval) == len(samples) else None,
-    )
+            lists.add(retrieval=probes.attention[..., positions].sum(-1).mean(-1))
+    scores = samples[0].capture.repeats()
+    for name in ("induction", "echo", "copy"):
+        value = getattr(scores, name)
+        if value is not None:
+            lists.found[name] = [np.asarray(value, dtype=np.float64)] * len(samples)
+    return HeadTable(**lists.table(len(samples)))  # type: ignore[arg-type]
+
+
+def _masses(features: Features) -> tuple[Float, Float, Float]:
+    """Return sink, local and far attention of one prompt, each ``(L, Q)``."""
+    if features.masses is not None and np.isfinite(features.masses).all():
+        sink, far, local = (features.masses[..., k].astype(np.float64) for k in range(3))
+        return sink, local, far
+    sink = features.sink_mass.astype(np.float64)
+    local = features.distance_profile[..., np.asarray(features.edges) < LOCAL].sum(-1, dtype=np.float64)
+    # Early rows can count one key as sink and as local: far is then 0, not negative.
+    return sink, local, np.clip(1 - sink - local, 0, 1)
+
+
+def missing_features(capture: Capture) -> dict[str, str]:
+    """Return which features a capture cannot give, and why."""
+    all_features = [sample.features() for sample in capture.samples]
+    older = "the capture is of an older kvtool; capture again"
+    missing = {
+        name: older for name in ("far_entropy", "offset_variance", "output") if any(_lacks(f, name) for f in all_features)
+    }
+    if any(f.masses is None for f in all_features):
+        missing["masses"] = f"{older}; until then keys near the beginning count as sink and as local"
+    elif any(not np.isfinite(f.masses).all() for f in all_features if f.masses is not None):
+        missing["masses"] = "some prompts are too short to tell sink, local and far keys apart; keys may count twice"
+    without = sum(f.content_follow is None for f in all_features)
+    if without:
+        asked = capture.config.get("permute")
+        reason = older if asked is None else "captured with --no-permute" if not asked else "too short to permute"
+        missing["content"] = f"{without} of {len(all_features)} prompts lack it ({reason})"
+    if all(not s.meta.get("evidence") for s in capture.samples):
+        missing["retrieval"] = "the prompts name no evidence"
+    return {**missing, **capture.repeats().skipped}
+
+
+def _lacks(features: Features, name: str) -> bool:
+    return getattr(features, {"output": "head_output"}.get(name, name)) is None

@@ -2,23 +2,96 @@
 
 from __future__ import annotations
 
-import json
+import math
+import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.classify.features import HeadTable, distance_edges, head_table
-from kvtool.classify.kinds import KINDS, MIN_PROMPTS, Kinds, classify_heads
-from kvtool.errors import DataError
+from kvtool.classify.confidence import (
+    MIN_CHECKED,
+    MIN_PROMPTS,
+    SURE_FROM,
+    Reliability,
+    bootstrap_confidence,
+    calibrate,
+    reliability,
+    split_pairs,
+)
+from kvtool.classify.conformal import ALPHA, Coverage, KindSets, set_coverage, split_sets
+from kvtool.classify.features import HeadTable, distance_edges, head_table, missing_features, nanmean
+from kvtool.classify.kinds import (
+    DECIDING,
+    GATHERING_TO,
+    INACTIVE_BELOW,
+    KINDS,
+    POSITIONAL_FROM,
+    RETRIEVAL_FROM,
+    SINK_FROM,
+    Float,
+    Int,
+    kinds_of_all,
+    weighted_means,
+)
+from kvtool.classify.stability import Against, Clusters, Halves, against, clusters, halves
+from kvtool.errors import ConfigError, DataError
 from kvtool.files import write_json
 
 if TYPE_CHECKING:
-    from kvtool.models import ModelInfo
+    from kvtool.capture.reader import Capture
 
 SCHEMA = "kvtool.heads/1"
-FIGURES = ("sink", "local", "far", "entropy", "importance", "retrieval")
+FIGURES = (
+    "sink", "local", "far", "entropy", "far_entropy", "offset_variance", "output", "activity", "content", "induction", "echo", "copy",
+    "importance", "retrieval",
+)  # fmt: skip
+#: random splits in halves, and bootstrap draws in each
+SPLITS, SPLIT_DRAWS = 50, 200
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLabels:
+    """Labels of one kind of heads (query or KV) and what they are worth.
+
+    Attributes
+    ----------
+    kinds : ndarray of shape (L, Q)
+        Index into `KINDS`.
+    raw, confidence : ndarray of shape (L, Q) or None
+        Share of the bootstrap; the same calibrated, where calibration was needed. None with too few prompts.
+    sets : KindSets or None
+    reliability : Reliability or None
+    coverage : Coverage or None
+    halves : Halves or None
+    """
+
+    kinds: Int
+    raw: Float | None
+    confidence: Float | None
+    sets: KindSets | None
+    reliability: Reliability | None
+    coverage: Coverage | None
+    halves: Halves | None
+
+    def reading(self, layer: int, head: int) -> str | None:
+        """Return how to take a label: ``clear``, ``unsure``, ``mixed`` or ``novel``; None without a confidence.
+
+        ``unsure``: other prompts of the same sort may well give another kind. ``mixed``: surely in between, or positional on some prompts
+        and gathering on others. ``novel``: no kind is shown often enough for the head's prediction set.
+        """
+        if self.confidence is None:
+            return None
+        if self.confidence[layer, head] < SURE_FROM:
+            return "unsure"
+        members = None if self.sets is None else self.sets.names(layer, head)
+        if members == []:
+            return "novel"
+        if KINDS[self.kinds[layer, head]] == "mixed" or {"positional", "gathering"} <= set(members or ()):
+            return "mixed"
+        return "clear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,121 +104,226 @@ class ClassifySummary:
     n_prompts : int
     counts : dict of str to int
         Heads per kind.
-    n_unsure : int or None
-        Heads whose kind changes too often under the bootstrap; None with too few prompts.
+    readings : dict of str to int or None
+        Heads per reading; None with too few prompts for a confidence.
     top : tuple of dict
         The most important heads.
+    reliability : Reliability or None
+    coverage : Coverage or None
+    halves : Halves or None
+    against : tuple of Against
+    clusters : Clusters or None
+    missing : dict of str to str
+        Features that the capture does not give, and why.
+    files : tuple of Path
+        Reliability diagram and its figures, where there is one.
     """
 
     path: Path
     n_prompts: int
     counts: dict[str, int]
-    n_unsure: int | None
+    readings: dict[str, int] | None
     top: tuple[dict[str, Any], ...]
+    reliability: Reliability | None
+    coverage: Coverage | None
+    halves: Halves | None
+    against: tuple[Against, ...]
+    clusters: Clusters | None
+    missing: dict[str, str]
+    files: tuple[Path, ...]
 
     def text(self) -> str:
         """Return what the command prints."""
-        from kvtool.textgrid import figure, grid
+        from kvtool.classify.describe import summary_text
 
-        header = ["head (layer.head)", "kind", "confidence", "sink", "local", "far", "entropy", "importance", "retrieval"]
-        rows = [
-            [f"{h['layer']}.{h['head']}", h["kind"] + ("?" if h["unsure"] else ""), figure(h["confidence"], 2)]
-            + [figure(h[name], 2) for name in FIGURES]
-            for h in self.top
-        ]
-        counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items() if n)
-        sure = (
-            f"{self.n_unsure} unsure (?)" if self.n_unsure is not None else f"no confidence: fewer than {MIN_PROMPTS} prompts"
-        )
-        return f"{grid(header, rows)}\n\n{counts}; {sure}; from {self.n_prompts} prompts\n{self.path}"
+        return summary_text(self)
 
 
-def run_classify(capture_path: str | Path, out: str | Path, seed: int = 0, draws: int = 500) -> ClassifySummary:
+def run_classify(
+    capture_path: str | Path, out: str | Path, seed: int = 0, draws: int = 500, others: Sequence[str | Path] = ()
+) -> ClassifySummary:
     """Classify the heads of a captured model and write ``heads.json``: query heads, and KV heads from their group's means.
 
     Parameters
     ----------
     capture_path, out : path
     seed : int
-        Of the bootstrap.
+        Of the bootstrap and of the splits of prompts.
     draws : int
+        Of the bootstrap.
+    others : sequence of path
+        Captures of the same model on other prompts, whose labels are compared.
 
     Raises
     ------
+    ConfigError
+        `draws` below 1.
     DataError
-        Missing, damaged or empty capture.
+        Missing, damaged or empty capture, or captures of different models.
     """
     from kvtool.capture.reader import open_capture
 
+    if draws < 1:
+        raise ConfigError(f"classify: draws={draws} must be at least 1")
     with open_capture(capture_path) as capture:
-        if not capture.samples:
-            raise DataError(f"capture {capture_path} holds no complete sample; run the capture again, it continues")
-        edges = distance_edges(list(capture.samples))
-        table = head_table(list(capture.samples))
+        samples = list(capture.samples)
+        edges, table = distance_edges(samples), head_table(samples)
         grouped = table.grouped(capture.model.n_kv_heads)
-        # The same draws of prompts for both.
-        kinds, kv_kinds = (classify_heads(t, np.random.default_rng(seed), draws) for t in (table, grouped))
-        heads = _heads(table, kinds)
+        labels, kv_labels = (label_heads(t, seed, draws) for t in (table, grouped))
+        compared = tuple(_against(capture, labels.kinds, path) for path in others)
+        missing = missing_features(capture)
+        found = clusters(table, labels.kinds, seed)
+        heads = describe_heads(table, labels)
         value = {
             "schema": SCHEMA,
-            "model": asdict(capture.model),
-            "data": {"task": capture.config.get("task"), "n": len(capture.samples), "seed": capture.config.get("seed")},
-            "bootstrap": {"seed": seed, "draws": draws},
+            **_provenance(capture, seed, draws),
             "n_layers": capture.model.n_layers,
             "n_heads": capture.model.n_heads,
             "n_kv_heads": capture.model.n_kv_heads,
             "distance_edges": edges,
+            "missing": missing,
+            "quality": {"heads": _quality(labels), "kv_heads": _quality(kv_labels)},
+            "clusters": None if found is None else asdict(found),
+            "against": [asdict(a) for a in compared],
             "heads": heads,
-            "kv_heads": _heads(grouped, kv_kinds),
+            "kv_heads": describe_heads(grouped, kv_labels),
         }
     path = Path(out)
     write_json(path, value)
-    counts = {kind: sum(h["kind"] == kind for h in heads) for kind in KINDS}
-    n_unsure = None if kinds.confidence is None else sum(bool(h["unsure"]) for h in heads)
-    top = sorted(heads, key=lambda h: -h["importance"])[:10]
-    return ClassifySummary(path, len(table.sink), counts, n_unsure, tuple(top))
+    judged = {"query heads": labels.reliability, "KV heads": kv_labels.reliability}
+    readings = None if labels.confidence is None else _count([str(h["reading"]) for h in heads])
+    return ClassifySummary(
+        path=path,
+        n_prompts=table.n_prompts,
+        counts={kind: sum(h["kind"] == kind for h in heads) for kind in KINDS},
+        readings=readings,
+        top=tuple(sorted(heads, key=lambda h: -h["importance"])[:10]),
+        reliability=labels.reliability,
+        coverage=labels.coverage,
+        halves=labels.halves,
+        against=compared,
+        clusters=found,
+        missing=missing,
+        files=_diagram(path, {name: r for name, r in judged.items() if r is not None}),
+    )
 
 
-def _heads(table: HeadTable, kinds: Kinds) -> list[dict[str, Any]]:
-    unsure = kinds.unsure
+def label_heads(table: HeadTable, seed: int, draws: int = 500, splits: int = SPLITS) -> HeadLabels:
+    """Classify heads and judge the labels; every random choice follows from `seed`, the same for query and KV heads."""
+    kinds, raw = kinds_of_all(table), bootstrap_confidence(table, np.random.default_rng([seed, 0]), draws)
+    confidence, judged = raw, None
+    pairs = split_pairs(table, np.random.default_rng([seed, 1]), splits, SPLIT_DRAWS)
+    if pairs is not None and raw is not None:
+        judged, _ = reliability(pairs, table.n_prompts // 2, np.random.default_rng([seed, 2]))
+        confidence = calibrate(pairs, raw) if judged.calibrated else raw
+    return HeadLabels(
+        kinds,
+        raw,
+        confidence,
+        split_sets(table, np.random.default_rng([seed, 3])),
+        judged,
+        set_coverage(table, np.random.default_rng([seed, 4]), splits),
+        halves(table, np.random.default_rng([seed, 5]), splits),
+    )
+
+
+def _against(capture: Capture, kinds: Int, path: str | Path) -> Against:
+    from kvtool.capture.reader import open_capture
+
+    with open_capture(path) as other:
+        if other.model.fingerprint != capture.model.fingerprint:
+            raise DataError(
+                f"capture {path} is of {other.model.model_id} ({other.model.fingerprint}), {capture.path} of "
+                f"{capture.model.model_id} ({capture.model.fingerprint}); compare captures of one model"
+            )
+        there = kinds_of_all(head_table(list(other.samples)))
+        ids = tuple([tuple(sample.prompt_ids) for sample in c.samples] for c in (capture, other))
+        return against(str(path), kinds, there, (capture.config, other.config), (ids[0], ids[1]))
+
+
+def _provenance(capture: Capture, seed: int, draws: int) -> dict[str, Any]:
+    """Return model, data, seed and versions: what the labels hang on."""
+    from importlib.metadata import version
+
+    config = capture.config
+    keys = ("task", "length", "seed", "compress_at", "prompts", "permute")
+    names = ("kvtool", "numpy", "scikit-learn")
+    return {
+        "model": asdict(capture.model),
+        "data": {"n": len(capture.samples), **{key: config.get(key) for key in keys}},
+        "bootstrap": {"seed": seed, "draws": draws, "splits": SPLITS, "split_draws": SPLIT_DRAWS},
+        "thresholds": {
+            "sink_from": SINK_FROM,
+            "positional_from": POSITIONAL_FROM,
+            "gathering_to": GATHERING_TO,
+            "retrieval_from": RETRIEVAL_FROM,
+            "inactive_below": INACTIVE_BELOW,
+            "sure_from": SURE_FROM,
+            "alpha": ALPHA,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+            "capture": capture.versions,
+        },
+    }
+
+
+def _quality(labels: HeadLabels) -> dict[str, Any]:
+    """Return what is known of the labels' worth; None where there are too few prompts to tell."""
+    parts = {"reliability": labels.reliability, "coverage": labels.coverage, "halves": labels.halves}
+    return {name: None if part is None else asdict(part) for name, part in parts.items()} | {
+        "min_prompts": {"confidence": MIN_PROMPTS, "reliability": MIN_CHECKED, "coverage": 12}
+    }
+
+
+def describe_heads(table: HeadTable, labels: HeadLabels) -> list[dict[str, Any]]:
+    """Return one record per head, as in ``heads.json``."""
+    means = {name: None if (v := getattr(table, name)) is None else nanmean(v, 0) for name in FIGURES}
+    share = weighted_means(table, np.full(table.n_prompts, 1 / table.n_prompts)).positional_share
+    profile = table.profile.mean(0)
+
+    def figure(values: Float | None, layer: int, head: int) -> float | None:
+        return None if values is None or math.isnan(values[layer, head]) else float(values[layer, head])
+
     heads = []
-    for layer, head in np.ndindex(kinds.kind.shape):
+    for layer, head in np.ndindex(labels.kinds.shape):
+        reading = labels.reading(layer, head)
         heads.append(
             {
                 "layer": layer,
                 "head": head,
-                "kind": KINDS[int(kinds.kind[layer, head])],
-                "confidence": None if kinds.confidence is None else float(kinds.confidence[layer, head]),
-                "unsure": None if unsure is None else bool(unsure[layer, head]),
-                **{
-                    name: None if (values := getattr(table, name)) is None else float(values[:, layer, head].mean())
-                    for name in FIGURES
-                },
-                "distance_profile": [round(float(x), 6) for x in table.profile[:, layer, head].mean(0)],
+                "kind": KINDS[int(labels.kinds[layer, head])],
+                "confidence": figure(labels.confidence, layer, head),
+                "confidence_raw": figure(labels.raw, layer, head),
+                "unsure": None if reading is None else reading == "unsure",
+                "reading": reading,
+                "set": None if labels.sets is None else labels.sets.names(layer, head),
+                **{name: figure(values, layer, head) for name, values in means.items()},
+                "positional_share": float(share[layer, head]),
+                "distance_profile": [round(float(x), 6) for x in profile[layer, head]],
             }
         )
     return heads
 
 
-def read_heads(path: str | Path, info: ModelInfo) -> dict[str, Any]:
-    """Read ``heads.json`` for a model.
+def _count(names: list[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in ("clear", "mixed", "novel", "unsure") if name in names}
 
-    Raises
-    ------
-    DataError
-        Missing or damaged file, or the heads of another model.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"heads file {path} cannot be read ({error}); make one with kvtool classify") from error
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        raise DataError(f"heads file {path} has another schema; {SCHEMA!r} is needed, make it with kvtool classify")
-    model = value.get("model")
-    if not isinstance(model, dict) or "fingerprint" not in model or not isinstance(value.get("heads"), list):
-        raise DataError(f"heads file {path} is incomplete (it names no model or no heads); make it again with kvtool classify")
-    if model["fingerprint"] != info.fingerprint:
-        raise DataError(
-            f"heads file {path} is of {model.get('model_id')}, not of {info.model_id}; classify a capture of this model"
-        )
-    return value
+
+def _diagram(path: Path, judged: dict[str, Reliability]) -> tuple[Path, ...]:
+    """Write the reliability diagram and its figures beside ``heads.json``; nothing where there were too few prompts."""
+    from kvtool.classify.plots import plot_reliability, write_reliability
+
+    picture, figures = (path.with_name(f"{path.stem}_reliability.{end}") for end in ("png", "csv"))
+    if not judged:
+        # Of an earlier run with more prompts: they would be taken for this one's.
+        for old in (picture, figures):
+            old.unlink(missing_ok=True)
+        return ()
+    plot_reliability(judged, picture)
+    write_reliability(judged, figures)
+    return picture, figures
+
+
+__all__ = ["DECIDING", "FIGURES", "SCHEMA", "ClassifySummary", "HeadLabels", "describe_heads", "label_heads", "run_classify"]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.errors import ConfigError, DataError
+from kvtool.policies.budgetfile import read_budgets
 from kvtool.policies.planfile import read_plan
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ class ModelShape(Protocol):
 
 def with_heads(policy: Policy, path: str) -> Policy:
     """Return the policy with that heads file, if its method takes one and names none yet."""
-    if not path or getattr(policy.method, "heads", None) != "":
+    if not path or not policy.method.wants_heads:
         return policy
     return replace(policy, method=replace(policy.method, heads=path))  # type: ignore[call-arg]
 
@@ -270,6 +271,9 @@ def check_heads(policies: Sequence[Policy], model: ModelShape) -> dict[str, str]
             hashes[path] = hashlib.sha256(_file(path).read_bytes()).hexdigest()[:16]
         if (path := getattr(policy.method, "plan", "")) and path not in hashes:
             read_plan(path).check_model(model.fingerprint, model.model_id)
+            hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        if (path := getattr(policy.method, "file", "")) and path not in hashes:
+            read_budgets(path).check_model(model.fingerprint, model.model_id, model.n_layers, model.n_kv_heads)
             hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return hashes
 

@@ -120,3 +120,23 @@ def toy_plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return build
+
+
+@pytest.fixture(scope="session")
+def toy_budgets(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write random budgets for a model of the given shape, 20 % of 100 tokens on average; returns its path."""
+    import numpy as np
+
+    from kvtool.policies.budgetfile import Levels, make_plan, write_budgets
+    from kvtool.policies.shares import share
+
+    def build(n_layers: int, n_heads: int, n_kv_heads: int, fingerprint: str = "toy") -> Path:
+        weights = np.random.default_rng(6).random(n_layers * n_kv_heads).tolist()
+        entries = np.asarray(share(20 * len(weights), weights, 8, 100)).reshape(1, n_layers, n_kv_heads)
+        model = {"model_id": "toy", "fingerprint": fingerprint, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+        path = tmp_path_factory.mktemp("budgets") / "budgets.json"
+        table = Levels(("20%",), "entries", entries, 100)
+        write_budgets(path, make_plan("snapkv:window=8,kernel=3", range(n_layers), table, model, {}))
+        return path
+
+    return build

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtool.capture.features import DISTANCE_EDGES, SINK, feature_rows
+from kvtool.capture.features import DISTANCE_EDGES, LOCAL, SINK, feature_rows
 from kvtool.capture.probe_pass import probe_tokens, run_probes
 from kvtool.capture.prompt_pass import run_prompt
 from kvtool.capture.reader import open_capture
@@ -175,6 +175,78 @@ def test_features_equal_a_loop_over_entries(kind):
         np.testing.assert_allclose(features.entropy, entropy / 7, rtol=1e-4)
         np.testing.assert_allclose(features.distance_profile, profile / 7, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(features.distance_profile.sum(-1), 1, rtol=1e-5)
+
+
+def _literal_parts(attention, rows, window):
+    """Masses and far entropy of one head from its attention rows, entry by entry."""
+    masses, entropy, weight, n_whole = np.zeros(3), 0.0, 0.0, 0
+    for row in rows:
+        if row < SINK + LOCAL:
+            continue
+        n_whole += 1
+        far = []
+        for column in range(row + 1):
+            a = float(attention[row, column])
+            part = 0 if column < SINK else 2 if row - column < LOCAL else 1
+            masses[part] += a
+            if part == 1 and (window is None or row - column < window):
+                far.append(a)
+        if len(far) >= 2:
+            mass = sum(far)
+            entropy += mass * -sum(a / mass * math.log(a / mass) for a in far if a > 0) / math.log(len(far))
+            weight += mass
+    return masses / n_whole, entropy / weight if weight else math.nan
+
+
+def _literal_offset_variance(attention, rows, window):
+    """Adjusted share of variance between distances, from a list of all pairs behind the sink."""
+    pairs = [
+        (row - column, float(attention[row, column]))
+        for row in rows
+        for column in range(SINK, row + 1)
+        if window is None or row - column < window
+    ]
+    values = np.asarray([a for _, a in pairs])
+    groups = [np.asarray([a for o, a in pairs if o == offset]) for offset in {o for o, _ in pairs}]
+    within = sum(((g - g.mean()) ** 2).sum() for g in groups)
+    total = ((values - values.mean()) ** 2).sum()
+    return 1 - (within / (len(values) - len(groups))) / (total / (len(values) - 1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "opt"])
+def test_parts_offsets_and_outputs_equal_loops(kind):
+    loaded = toy.build_loaded(kind)
+    (sample,) = toy.make_samples(1, n_context=110)
+    ids, window = sample.context_ids, _window(kind)
+    record = run_prompt(loaded.model, ids, ["last"], 19)
+    found = toy.full_pass(loaded.model, ids, window)
+    rows = feature_rows(len(ids), 19)
+    modules = [
+        m for m in loaded.model.modules() if hasattr(m, "layer_idx") and (hasattr(m, "o_proj") or hasattr(m, "out_proj"))
+    ]
+    for layer, features in enumerate(record.features):
+        weight = (getattr(modules[layer], "o_proj", None) or modules[layer].out_proj).weight.double()
+        values = found.values[layer].repeat_interleave(4 // len(found.values[layer]), 0)
+        for head in range(4):
+            attention = found.attention[layer][head]
+            masses, entropy = _literal_parts(attention, rows, window)
+            np.testing.assert_allclose(features.masses[head], masses, rtol=1e-4, atol=2e-6)
+            np.testing.assert_allclose(features.far_entropy[head], entropy, rtol=1e-4, atol=1e-5)
+            share = _literal_offset_variance(attention, rows, window)
+            np.testing.assert_allclose(features.offset_variance[head], share, rtol=1e-4, atol=1e-5)
+            outputs = attention[rows] @ values[head]
+            added = outputs @ weight[:, head * 8 : head * 8 + 8].T
+            np.testing.assert_allclose(features.head_output[head], added.norm(dim=-1).mean().item(), rtol=1e-4)
+
+
+def test_short_prompts_say_that_they_cannot_tell():
+    loaded = toy.build_loaded("llama")
+    record = run_prompt(loaded.model, list(range(1, 1 + SINK + LOCAL)), ["last"], 256)
+    for features in record.features:
+        assert features.masses.isnan().all()
+        assert features.far_entropy.isnan().all()
+        assert features.offset_variance.isfinite().all()
+    assert run_prompt(loaded.model, [1], ["last"], 256).features[0].offset_variance.isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

@@ -187,8 +187,9 @@ def test_policies_without_their_file(
     assert not needy & names
     assert "hace-layer" in names
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 2
+    assert len(said) == 3
     assert said[1].startswith("policies: without optimal: ")
+    assert said[2].startswith("policies: without plan: ")
     assert "--heads FILE (kvtool classify makes one)" in said[0]
     assert set(said[0].rpartition(": a file")[0].removeprefix("policies: without ").split(", ")) == needy
     for name in needy:
@@ -203,8 +204,8 @@ def test_policies_without_their_file(
     (tmp_path / "h.json").write_text(json.dumps(published()))
     found = {p.method.name for p in expand_policies((), ["50%"], heads=str(tmp_path / "h.json"))}
     assert found == names | needy - {"duo", "head_windows"}
-    # One line per reason: no scores for duo, no kinds for head_windows, no plan for optimal.
-    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+    # One line per reason: no scores for duo, no kinds for head_windows, no file for optimal and for plan.
+    assert len(capsys.readouterr().err.strip().splitlines()) == 4
     with pytest.raises(DataError, match="holds no kinds of heads"):
         expand_policies(["head_windows"], ["50%"], heads=str(tmp_path / "h.json"))
     # A file of its own is left alone.
