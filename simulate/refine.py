@@ -70,21 +70,25 @@ def refine_sample(loaded: LoadedModel, sample: CapturedSample, policies: Sequenc
     """
     import torch
 
-    prompt, rest = sample.prompt_ids[: sample.seq_len], sample.prompt_ids[sample.seq_len :]
-    answer = sample.answer_ids
-    fed, gold = [*rest, *answer[:-1]], answer if rest else answer[1:]
+    prompt, (fed, gold) = sample.prompt_ids[: sample.seq_len], fed_tokens(sample)
     if not gold:
         return [Refined(0.0, 0.0, 1.0, 1.0, 0.0) for _ in policies]
-    layers = _prefill(loaded, prompt)
+    layers = prefill(loaded, prompt)
     results: dict[int, Refined] = {}
     full: Tensor | None = None
     for batch in _batches(policies, loaded, len(fed), len(prompt)):
         # The full cache goes first in every batch, as the reference of the divergence.
         members = [Policy.parse("full"), *(policies[i] for i in batch)]
-        logits = _forward(loaded, fed, layers, _shown(sample, members, layers))[:, -len(gold) :].float()
+        logits = forward(loaded, fed, layers, shown_by(sample, members, layers))[:, -len(gold) :].float()
         full = logits[0].log_softmax(-1) if full is None else full
-        results |= zip(batch, _score(logits[1:], full, torch.tensor(gold, device=logits.device)), strict=True)
+        results |= zip(batch, score_configurations(logits[1:], full, torch.tensor(gold, device=logits.device)), strict=True)
     return [results[i] for i in range(len(policies))]
+
+
+def fed_tokens(sample: CapturedSample) -> tuple[list[int], list[int]]:
+    """Return the tokens fed after compression, and the answer tokens that their last ones predict."""
+    rest, answer = sample.prompt_ids[sample.seq_len :], sample.answer_ids
+    return [*rest, *answer[:-1]], answer if rest else answer[1:]
 
 
 def _batches(policies: Sequence[Policy], loaded: LoadedModel, n_fed: int, seq_len: int) -> Iterator[list[int]]:
@@ -99,7 +103,7 @@ def _batches(policies: Sequence[Policy], loaded: LoadedModel, n_fed: int, seq_le
             yield members[start : start + size]
 
 
-def _prefill(loaded: LoadedModel, prompt: Sequence[int]) -> list[LayerTensors]:
+def prefill(loaded: LoadedModel, prompt: Sequence[int]) -> list[LayerTensors]:
     """Run the prompt once; return post-RoPE keys, values and last queries per layer."""
     import torch
 
@@ -134,13 +138,13 @@ class _Extras:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
+class Shown:
     """What the configurations of a batch show of one layer.
 
     Attributes
     ----------
-    mask : Tensor ``[C, H, T]``
-        Which prompt entries are there as they are.
+    mask : Tensor ``[C, H, T]`` or ``[C, Q, T]``
+        Which prompt entries are there as they are; the same for the query heads of a KV head, or one by one.
     view : CapturedView or None
         None for layers that no policy touches.
     kept : dict of int to list of Tensor
@@ -175,7 +179,7 @@ class _Shown:
         return _Extras(keys, values, positions, bias)
 
 
-def _shown(sample: CapturedSample, policies: Sequence[Policy], layers: Sequence[LayerTensors]) -> list[_Shown]:
+def shown_by(sample: CapturedSample, policies: Sequence[Policy], layers: Sequence[LayerTensors]) -> list[Shown]:
     """Return per layer what each configuration keeps; untouched layers keep all."""
     import torch
 
@@ -193,23 +197,36 @@ def _shown(sample: CapturedSample, policies: Sequence[Policy], layers: Sequence[
                 continue
             for h, positions in enumerate(heads):
                 masks[view.layer][c, h, positions] = True
-    return [_Shown(masks[i].to(device), by_layer.get(i), kept[i], policies) for i in range(len(layers))]
+    return [Shown(masks[i].to(device), by_layer.get(i), kept[i], policies) for i in range(len(layers))]
 
 
-def _forward(loaded: LoadedModel, fed: Sequence[int], layers: Sequence[LayerTensors], shown: Sequence[_Shown]) -> Tensor:
-    """Feed the tokens once per configuration; return logits ``[C, P, V]``."""
+def forward(
+    loaded: LoadedModel,
+    fed: Sequence[int],
+    layers: Sequence[LayerTensors],
+    shown: Sequence[Shown],
+    outputs: list[Tensor] | None = None,
+) -> Tensor:
+    """Feed the tokens once per configuration; return logits ``[C, P, V]``.
+
+    A list for `outputs` gets the heads' outputs of every layer, ``[C, Q, P, D]``, and makes gradients flow back to them.
+    """
     import torch
 
     def handler(call: AttentionCall) -> Tensor:
-        return _attend(call, layers[call.layer], shown[call.layer])
+        output = attend(call, layers[call.layer], shown[call.layer])
+        if outputs is not None:
+            # A model whose parameters are frozen: the graph begins at the first layer's output.
+            outputs.append(output if output.requires_grad else output.requires_grad_())
+        return output
 
     ids = torch.tensor([list(fed)], device=loaded.device).expand(len(shown[0].mask), -1)
-    with torch.no_grad(), attention_handler(loaded.model, handler):
+    with torch.set_grad_enabled(outputs is not None), attention_handler(loaded.model, handler):
         cache: Any = seen_cache(int(layers[0].keys.shape[1]), len(layers))
         return loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits  # type: ignore[no-any-return]
 
 
-def _attend(call: AttentionCall, layer: LayerTensors, shown: _Shown) -> Tensor:
+def attend(call: AttentionCall, layer: LayerTensors, shown: Shown) -> Tensor:
     """Attention of the fed tokens over the shared prompt, masked per configuration, over extra and over their own entries."""
     import torch
 
@@ -221,7 +238,8 @@ def _attend(call: AttentionCall, layer: LayerTensors, shown: _Shown) -> Tensor:
     rows = queries.permute(1, 0, 2, 3, 4).reshape(n_kv, -1, dim)
     past = torch.bmm(rows, layer.keys.float().transpose(1, 2)).view(n_kv, n_config, group, n_fed, seq_len)
     own = torch.einsum("chgpd,chnd->hcgpn", queries, call.keys.float())
-    past = past.masked_fill(~shown.mask.transpose(0, 1)[:, :, None, None, :], float("-inf"))
+    mask = shown.mask.view(n_config, n_kv, -1, 1, seq_len).transpose(0, 1)
+    past = past.masked_fill(~mask, float("-inf"))
     hidden, outside = _hidden(call.window, n_fed, seq_len, layer.keys.device)
     if outside is not None:
         past = past.masked_fill(outside, float("-inf"))
@@ -262,7 +280,7 @@ def _hidden(window: int | None, n_fed: int, seq_len: int, device: torch.device) 
     return (own > rows) | (own <= rows - window), past <= rows - window
 
 
-def _score(logits: Tensor, full: Tensor, gold: Tensor) -> list[Refined]:
+def score_configurations(logits: Tensor, full: Tensor, gold: Tensor) -> list[Refined]:
     """Score ``[C, M, V]`` logits against gold tokens ``[M]`` and the full cache's log-probabilities ``[M, V]``."""
     scores = score_tokens(logits, gold)
     kl = (full.exp() * (full - logits.log_softmax(-1))).sum(-1)
