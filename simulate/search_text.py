@@ -1,0 +1,76 @@
+"""What the search command prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvtool.textgrid import figure, grid
+
+if TYPE_CHECKING:
+    from kvtool.simulate.search import SearchSummary
+    from kvtool.simulate.verdict import Verdict
+
+NAMES = {"grid": "every setting", "random": "random settings", "tpe": "Optuna's TPE", "nsga2": "Optuna's NSGA-II"}
+
+
+def summary_text(summary: SearchSummary) -> str:
+    """Return the table of choices, the reasons in plain words, and where the files are."""
+    header = ["setting", "kept", "harm, searched", "held out", "defaults", "difference (95 %)", "ties"]
+    table = grid(header, [_cells(verdict) for verdict in summary.verdicts])
+    lines = [
+        f"{summary.n_trials} trials ({NAMES[summary.sampler]}; {summary.n_repeated} repeated, {summary.n_impossible} impossible) of "
+        f"{summary.space}",
+        f"searched on {summary.n_searched} prompts, judged on {summary.n_held_out} held-out ones; harm: smaller is better",
+        "",
+        table,
+        "",
+        *(_words(verdict) for verdict in summary.verdicts),
+    ]
+    for budget, parameters in summary.marginals.items():
+        lines += ["", f"least harm at {budget} on the searched prompts, by value"]
+        lines += [f"  {name}: {_least(values)}" for name, values in parameters.items() if name != "window and compensation"]
+        lines += _windows(parameters.get("window and compensation", {}))
+    if summary.together:
+        lines += ["", f"one setting for all budgets: {summary.together}"]
+    name = "auto.yaml" if summary.marginals else "search.yaml"
+    files = [name, "trials.jsonl", "search.png", *([] if summary.sampler == "grid" else ["study.journal"])]
+    lines += ["", *summary.notes, *(str(summary.folder / file) for file in files)]
+    return "\n".join([*lines, f"confirm: kvtool infer --shortlist {summary.folder / name} --seed 1000"])
+
+
+def _cells(verdict: Verdict) -> list[str]:
+    spread = "-" if verdict.low is None or verdict.high is None else f"{verdict.low:.2f} to {verdict.high:.2f}"
+    return [
+        verdict.policy,
+        f"{100 * verdict.retention:.2f}%",
+        figure(verdict.searched, 2),
+        figure(verdict.held_out, 2),
+        figure(verdict.default_held_out, 2),
+        f"{figure(verdict.difference, 2)} ({spread})",
+        str(verdict.n_tied),
+    ]
+
+
+def _words(verdict: Verdict) -> str:
+    against = f" ({verdict.default})" if verdict.default and verdict.default != verdict.policy else ""
+    gain = ""
+    if verdict.default_searched and verdict.default_held_out and verdict.held_out is not None:
+        first = 1 - verdict.searched / verdict.default_searched
+        second = 1 - verdict.held_out / verdict.default_held_out
+        gain = f"; {first:.0%} less harm than the defaults where it was searched, {second:.0%} held out"
+    note = f"; {verdict.note}" if verdict.note else ""
+    return f"{verdict.budget}: {verdict.reason}. On held-out prompts {verdict.verdict}{against}{gain}{note}"
+
+
+def _least(values: dict[str, float]) -> str:
+    return ", ".join(f"{value} {harm:.2f}" for value, harm in values.items())
+
+
+def _windows(values: dict[str, float]) -> list[str]:
+    """Return the table of windows against compensations."""
+    cells = {tuple(key.split(", ")): harm for key, harm in values.items()}
+    windows, kinds = dict.fromkeys(w for w, _ in cells), dict.fromkeys(kind for _, kind in cells)
+    if len(windows) < 2 or len(kinds) < 2:
+        return []
+    rows = [[f"  window {w}", *(figure(cells.get((w, kind)), 2) for kind in kinds)] for w in windows]
+    return grid(["  least harm", *kinds], rows).splitlines()
