@@ -6,14 +6,27 @@ Shapes: N configurations of a budget, S samples.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvtool.analysis.load import Float, Reality, Simulation, check_belongs
 
-#: predictor -> sign that makes larger better; "refined_nll" only where every configuration of the cell was refined
-PREDICTORS = {"harm": -1.0, "recall": 1.0, "retention": 1.0, "refined_nll": -1.0}
+if TYPE_CHECKING:
+    from kvtool.calibration import Calibration
+
+#: predictor -> sign that makes larger better; "calibrated" only with a calibration, "refined_nll" only where every configuration of
+#: the cell was refined
+PREDICTORS = {
+    "calibrated": 1.0,
+    "harm": -1.0,
+    "head_harm": -1.0,
+    "layer_harm": -1.0,
+    "missing": -1.0,
+    "recall": 1.0,
+    "retention": 1.0,
+    "refined_nll": -1.0,
+}
 #: real figure -> sign that makes larger better
 TRUTHS = {"answer_accuracy": 1.0, "answer_exact": 1.0, "score": 1.0, "answer_nll": -1.0, "answer_margin": 1.0}
 MIN_POLICIES = 3
@@ -39,6 +52,7 @@ class Cell:
         Number of the pair of folders.
     columns : dict of str to tuple of int
         Per real figure: which samples of the run have it; a figure that is not listed is there for all.
+    task, compress_at : str or None
     """
 
     length: int | None
@@ -50,6 +64,8 @@ class Cell:
     pair: int = 0
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     n_run: int | None = None
+    task: str | None = None
+    compress_at: str | None = None
 
     @property
     def n_real(self) -> int:
@@ -89,7 +105,9 @@ class LeftOut:
         return ", ".join(f"{n} {word}" for word, n in words if n) or "none"
 
 
-def build_cells(simulation: Simulation, reality: Reality, pair: int = 0) -> tuple[list[Cell], LeftOut]:
+def build_cells(
+    simulation: Simulation, reality: Reality, pair: int = 0, calibration: Calibration | None = None
+) -> tuple[list[Cell], LeftOut]:
     """Join prediction and reality per budget.
 
     Returns
@@ -123,10 +141,19 @@ def build_cells(simulation: Simulation, reality: Reality, pair: int = 0) -> tupl
             policies = tuple(str(row["policy"]) for row in rows)
             cells.append(
                 Cell(
-                    length=reality.config.get("length"), budget=budget, policies=policies, predicted=_predicted(rows), real=real,
-                    paired=_same_prompts(simulation, reality), pair=pair, columns=measured, n_run=len(reality.samples),
+                    length=reality.config.get("length"),
+                    budget=budget,
+                    policies=policies,
+                    predicted=_predicted(rows, calibration),
+                    real=real,
+                    paired=_same_prompts(simulation, reality),
+                    pair=pair,
+                    columns=measured,
+                    n_run=len(reality.samples),
+                    task=reality.config.get("task"),
+                    compress_at=reality.config.get("compress_at"),
                 )
-            )  # fmt: skip
+            )
     return cells, left_out
 
 
@@ -153,14 +180,16 @@ def _real(reality: Reality, policy: str, name: str) -> Float:
     return TRUTHS[name] * values
 
 
-def _predicted(rows: list[dict[str, Any]]) -> dict[str, Float]:
+def _predicted(rows: list[dict[str, Any]], calibration: Calibration | None) -> dict[str, Float]:
     """Return what is predicted per sample, larger is better, shape (N, S) each."""
-    figures: dict[str, list[Any]] = {name: [row["per_sample"][name] for row in rows] for name in ("harm", "recall")}
-    n_samples = len(figures["harm"][0])
-    figures["retention"] = [[row["retention"]] * n_samples for row in rows]
+    names = [name for name in PREDICTORS if all(name in row["per_sample"] for row in rows)]
+    figures = {name: np.asarray([row["per_sample"][name] for row in rows], dtype=np.float64) for name in names}
+    figures["retention"] = np.asarray([[row["retention"]] * figures["harm"].shape[1] for row in rows])
+    if calibration is not None:
+        figures["calibrated"] = calibration.predict(figures)
     if all(row.get("refined") for row in rows):
-        figures["refined_nll"] = [row["refined"]["per_sample"]["nll"] for row in rows]
-    return {name: PREDICTORS[name] * _without_gaps(np.asarray(values, dtype=np.float64)) for name, values in figures.items()}
+        figures["refined_nll"] = np.asarray([row["refined"]["per_sample"]["nll"] for row in rows], dtype=np.float64)
+    return {name: PREDICTORS[name] * _without_gaps(figures[name]) for name in PREDICTORS if name in figures}
 
 
 def _without_gaps(values: Float) -> Float:

@@ -10,6 +10,7 @@ minus the sum of the negative changes only: gains predicted to first order do no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +32,15 @@ class ProbeTable:
         Of the probe tokens' own entries, never evicted.
     full_gain : ndarray of shape (L, H, G P), float64
         Gain over attention with all entries kept, own ones included.
+    prompt_mass : ndarray of shape (L, H, G P), float64
+        Attention to all entries of the prompt.
     """
 
     rows: NDArray[np.float32]
     own_attention: Float
     own_gain: Float
     full_gain: Float
+    prompt_mass: Float
 
     @property
     def n_kv_heads(self) -> int:
@@ -57,12 +61,19 @@ class Curves:
         Largest harm of one layer.
     recall : ndarray of shape (N,)
         Mean share of the prompt's attention mass that is kept.
+    head_harm : ndarray of shape (N,)
+        Largest harm of one KV head: one head that loses what only it reads can ruin the answer, however well the others do.
+    missing : ndarray of shape (N,)
+        Share of attention mass (own tokens and representatives count as there) that is missing, weighted over heads and probe
+        tokens by how much the margin hangs on them, abs(g . o).
     """
 
     harm: Float
     margin_change: Float
     layer_harm: Float
     recall: Float
+    head_harm: Float
+    missing: Float
 
 
 def probe_table(
@@ -90,7 +101,8 @@ def probe_table(
     own_a = own_attention.reshape(n_layers, n_kv_heads, columns).astype(np.float64)
     own_b = own_gain.reshape(n_layers, n_kv_heads, columns).astype(np.float64)
     sums = rows.sum(axis=2, dtype=np.float64)
-    return ProbeTable(rows, own_a, own_b, _mean_gain(sums[..., columns:] + own_b, sums[..., :columns] + own_a))
+    mass = sums[..., :columns]
+    return ProbeTable(rows, own_a, own_b, _mean_gain(sums[..., columns:] + own_b, mass + own_a), mass)
 
 
 def _mean_gain(gain: Float, mass: Float) -> Float:
@@ -129,11 +141,62 @@ def kept_sums(table: ProbeTable, order: Int, counts: Int) -> Float:
 
 
 def curves(table: ProbeTable, order: Int, counts: Int, added: Float | None = None) -> Curves:
-    """Predict N configurations that share one order per head.
+    """Predict N configurations that share one order per head; parameters as `curve_parts`."""
+    return join_parts([curve_parts(table, order, counts, added)])
+
+
+@dataclass(frozen=True, slots=True)
+class CurveParts:
+    """What some layers contribute to the predictions for N configurations; `join_parts` adds them up.
+
+    Attributes
+    ----------
+    negative : ndarray of shape (N, L)
+        Minus the sum of the negative changes of a layer.
+    change : ndarray of shape (N, L)
+        Signed sum of a layer's changes.
+    recall : ndarray of shape (N, L)
+        Mean share of the prompt's attention mass that a layer keeps.
+    head : ndarray of shape (N, L)
+        Largest of the KV heads' parts of `negative`.
+    missing : ndarray of shape (N, L)
+        Missing attention mass times importance, summed.
+    weight : ndarray of shape (L,)
+        Sum of the importances.
+    """
+
+    negative: Float
+    change: Float
+    recall: Float
+    head: Float
+    missing: Float
+    weight: Float
+
+
+def join_parts(parts: Sequence[CurveParts]) -> Curves:
+    """Return the predictions of all layers together."""
+    negative, change, recall, head, missing = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1)
+        for name in ("negative", "change", "recall", "head", "missing")
+    )
+    weight = float(sum(part.weight.sum() for part in parts))
+    return Curves(
+        harm=negative.sum(axis=1),
+        margin_change=change.sum(axis=1),
+        layer_harm=negative.max(axis=1),
+        recall=recall.mean(axis=1),
+        head_harm=head.max(axis=1),
+        missing=missing.sum(axis=1) / weight if weight > 0 else np.zeros(len(missing)),
+    )
+
+
+def curve_parts(table: ProbeTable, order: Int, counts: Int, added: Float | None = None) -> CurveParts:
+    """Predict what each layer contributes, for N configurations that share one order per head.
 
     Parameters
     ----------
     table : ProbeTable
+        Of all layers, or of some: a large capture is predicted layer by layer.
     order : ndarray of shape (L, H, T)
     counts : ndarray of shape (N, L, H)
         Entries kept per layer and KV head; they may differ per head.
@@ -143,15 +206,19 @@ def curves(table: ProbeTable, order: Int, counts: Int, added: Float | None = Non
     sums = kept_sums(table, order, counts)
     columns = sums.shape[-1] // 2
     attention = sums[..., :columns]
-    change = _change(table, sums if added is None else sums + added)
-    negative = -np.minimum(change, 0.0).sum(axis=(2, 3))
-    prompt_mass = table.rows[..., :columns].sum(axis=2, dtype=np.float64)
-    share = np.divide(attention, prompt_mass, out=np.ones_like(attention), where=prompt_mass > 0)
-    return Curves(
-        harm=negative.sum(axis=1),
-        margin_change=change.sum(axis=(1, 2, 3)),
-        layer_harm=negative.max(axis=1),
-        recall=share.mean(axis=(1, 2, 3)),
+    held = sums if added is None else sums + added
+    change = _change(table, held)
+    share = np.divide(attention, table.prompt_mass, out=np.ones_like(attention), where=table.prompt_mass > 0)
+    per_head, importance = -np.minimum(change, 0.0).sum(axis=3), np.abs(table.full_gain)
+    there, whole = held[..., :columns] + table.own_attention, table.prompt_mass + table.own_attention
+    there = np.divide(there, whole, out=np.ones_like(there), where=whole > 0)
+    return CurveParts(
+        negative=per_head.sum(axis=2),
+        change=change.sum(axis=(2, 3)),
+        recall=share.mean(axis=(2, 3)),
+        head=per_head.max(axis=2),
+        missing=(np.maximum(1.0 - there, 0.0) * importance).sum(axis=(2, 3)),
+        weight=importance.sum(axis=(1, 2)),
     )
 
 

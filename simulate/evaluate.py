@@ -1,10 +1,13 @@
-"""One captured sample under many policies: kept orders once per (scorer, selector), curves at all budgets together."""
+"""One captured sample under many policies: kept orders once per (scorer, selector), curves at all budgets together.
+
+Shapes: N configurations, L layers, H KV heads, T positions.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +15,21 @@ from numpy.typing import NDArray
 
 from kvtool.errors import ConfigError
 from kvtool.policies import kept_counts
+from kvtool.policies.base import Memo
 from kvtool.policies.when import When
-from kvtool.simulate.curves import ProbeTable, curves, probe_table
+from kvtool.simulate.curves import CurveParts, ProbeTable, curve_parts, join_parts, probe_table
 from kvtool.simulate.representatives import Stand, floored_share, representative_sums, stand_of
 
 if TYPE_CHECKING:
-    from kvtool.capture.reader import CapturedSample, CapturedView
+    from torch import Tensor
+
+    from kvtool.capture.reader import CapturedSample
     from kvtool.policies import Policy
-    from kvtool.policies.base import Scorer, Selector
+    from kvtool.policies.base import LayerView, Scorer, Selector
+
+#: Statistics of one sample that are held at once, and orders that wait for its probes.
+KNOWN_BYTES = 1 << 29
+ORDER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class Prediction:
         Mean entries per KV head over the compressible layers.
     retention : float
         `entries` / prompt length.
-    harm, margin_change, layer_harm, recall : float or None
+    harm, margin_change, layer_harm, recall, head_harm, missing : float or None
         See `kvtool.simulate.curves.Curves`.
     degenerate : bool
         Nothing is left to choose.
@@ -50,10 +60,13 @@ class Prediction:
     degenerate: bool = False
     message: str | None = None
     note: str | None = None
+    head_harm: float | None = None
+    missing: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self)
+        # Flat: `dataclasses.asdict` would copy every number, for a hundred thousand predictions of a large search.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def sample_table(sample: CapturedSample) -> ProbeTable:
@@ -66,8 +79,87 @@ def sample_table(sample: CapturedSample) -> ProbeTable:
     )
 
 
+def layer_table(sample: CapturedSample, view: LayerView) -> ProbeTable:
+    """Lay out the probes of one layer; nothing of the others is read."""
+    attention, gain, attention_own, gain_own = (array[None] for array in sample.layer_probes(view.layer))
+    return probe_table(attention, gain, attention_own, gain_own, view.n_kv_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownView:
+    """A view whose statistics are read once per sample, as long as `KNOWN_BYTES` of them have room.
+
+    Attributes
+    ----------
+    view : LayerView
+    known : dict
+        Shared by the sample's views: (layer, statistic) -> tensor, oldest first. Nobody writes into these tensors.
+    """
+
+    view: LayerView
+    known: dict[tuple[int, str], Tensor] = field(repr=False, compare=False)
+
+    @property
+    def layer(self) -> int:
+        return self.view.layer
+
+    @property
+    def n_layers(self) -> int:
+        return self.view.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.view.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.view.n_kv_heads
+
+    @property
+    def seq_len(self) -> int:
+        return self.view.seq_len
+
+    @property
+    def seed(self) -> int:
+        return self.view.seed
+
+    def statistic(self, name: str) -> Tensor:
+        """Return a selection statistic, see `kvtool.capture.reader.CapturedView.statistic`."""
+        found = self.known.get((self.layer, name))
+        if found is None:
+            found = self.known[self.layer, name] = self.view.statistic(name)
+            while len(self.known) > 1 and sum(t.nbytes for t in self.known.values()) > KNOWN_BYTES:
+                del self.known[next(iter(self.known))]
+        return found
+
+
+@dataclass(slots=True)
+class _Group:
+    """Configurations that share one order per head.
+
+    Attributes
+    ----------
+    members : list of (int, Policy)
+    counts : ndarray of shape (N, L, H)
+    orders : ndarray of shape (L, H, T)
+        In the smallest type that holds a position.
+    stands : dict of int to Stand
+    parts : list of CurveParts
+        Of the layers so far.
+    """
+
+    members: list[tuple[int, Policy]]
+    counts: NDArray[np.int64]
+    orders: NDArray[np.integer[Any]]
+    stands: dict[int, Stand]
+    parts: list[CurveParts] = field(default_factory=list)
+
+
 def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[Prediction]:
     """Predict every policy on one sample.
+
+    Orders and budgets come first, as some allocators look at all layers; then the probes pass layer by layer, and only one layer's
+    are ever held.
 
     Parameters
     ----------
@@ -79,67 +171,102 @@ def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[
     list of Prediction
         In the order of `policies`.
     """
-    views = sample.views()
+    known: dict[tuple[int, str], Tensor] = {}
+    views = [KnownView(view, known) for view in sample.views()]
     if not views:
         return [_untouched(sample, policy) for policy in policies]
-    table = sample_table(sample)
     groups: dict[tuple[Scorer, Selector], list[int]] = defaultdict(list)
     for index, policy in enumerate(policies):
         parts = policy.method.parts()
         groups[parts.scorer, parts.selector].append(index)
     found: dict[int, Prediction] = {}
+    waiting: list[_Group] = []
+    # Facts of the views alone serve all groups.
+    facts: dict[Any, Any] = {}
     for members in groups.values():
-        found |= _evaluate_group(sample, views, table, [(i, policies[i]) for i in members])
+        group, impossible = _prepare(sample, views, [(i, policies[i]) for i in members], facts)
+        found |= impossible
+        waiting += [group] if group is not None else []
+        if sum(each.orders.nbytes for each in waiting) > ORDER_BYTES:
+            found |= _predict(sample, views, waiting)
+            waiting = []
+    found |= _predict(sample, views, waiting)
     return [found[i] for i in range(len(policies))]
 
 
 def _untouched(sample: CapturedSample, policy: Policy) -> Prediction:
     """No layer can be compressed at this length: only the full cache has figures, as in a real run."""
     if policy.method.keeps_all:
-        return Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0)
+        return Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0, head_harm=0.0, missing=0.0)
     message = (
         f"policy {policy}: every layer has a sliding window shorter than the {sample.seq_len} tokens; nothing can be compressed"
     )
     return Prediction(sample.seq_len, 1.0, message=message)
 
 
-def _evaluate_group(
-    sample: CapturedSample, views: list[CapturedView], table: ProbeTable, members: list[tuple[int, Policy]]
-) -> dict[int, Prediction]:
+def _prepare(
+    sample: CapturedSample, views: Sequence[LayerView], members: list[tuple[int, Policy]], facts: dict[Any, Any]
+) -> tuple[_Group | None, dict[int, Prediction]]:
+    """Score and rank once, and share out every budget; what is impossible is predicted already."""
     seq_len, found, counts, ready = sample.seq_len, {}, [], []
     parts = members[0][1].method.parts()
-    scores = [parts.scorer.score(view) for view in views]
+    scores, memo = [parts.scorer.score(view) for view in views], Memo(facts)
     for index, policy in members:
         if policy.when.chunk:
             asked = policy.asked(seq_len)
             found[index] = Prediction(asked, asked / seq_len, message=_NO_CHUNKS.format(policy=policy))
             continue
         try:
-            per_head = kept_counts(policy, views, scores)
+            counts.append(kept_counts(policy, views, scores, memo))
         except ConfigError as error:
             asked = policy.asked(seq_len)
             found[index] = Prediction(asked, asked / seq_len, degenerate=True, message=str(error))
             continue
-        counts.append(np.asarray(per_head, dtype=np.int64))
         ready.append((index, policy))
-    if ready:
-        orders = np.stack([parts.selector.order(score).numpy() for score in scores])
-        stacked = np.stack(counts)
-        stands = {k: stand for k, (_, policy) in enumerate(ready) if (stand := stand_of(policy, views)) is not None}
-        added = representative_sums(table, orders, stacked, stands) if stands else None
-        result = curves(table, orders, stacked, added)
-        for k, (index, policy) in enumerate(ready):
-            entries = float(stacked[k].mean()) + (_mean_slots(policy, stacked[k], stands[k]) if k in stands else 0.0)
-            found[index] = Prediction(
-                entries=entries,
-                retention=entries / seq_len,
-                harm=float(result.harm[k]),
-                margin_change=float(result.margin_change[k]),
-                layer_harm=float(result.layer_harm[k]),
-                recall=float(result.recall[k]),
-                degenerate=policy.is_degenerate(seq_len),
-                note=_note(policy, table),
-            )
+    if not ready:
+        return None, found
+    small = np.uint16 if seq_len <= 1 << 16 else np.int32
+    orders = np.stack([parts.selector.order(score).numpy().astype(small) for score in scores])
+    stands = {k: stand for k, (_, policy) in enumerate(ready) if (stand := stand_of(policy, views)) is not None}
+    return _Group(ready, np.asarray(counts, dtype=np.int64), orders, stands), found
+
+
+def _predict(sample: CapturedSample, views: Sequence[LayerView], groups: list[_Group]) -> dict[int, Prediction]:
+    """Let the probes of one layer after the other pass by all groups."""
+    if not groups:
+        return {}
+    floored = []
+    for row, view in enumerate(views):
+        table = layer_table(sample, view)
+        floored.append(floored_share(table))
+        for group in groups:
+            orders, counts = group.orders[row : row + 1].astype(np.int64), group.counts[:, row : row + 1]
+            stands = {k: stand.layer(row) for k, stand in group.stands.items()}
+            added = representative_sums(table, orders, counts, stands) if stands else None
+            group.parts.append(curve_parts(table, orders, counts, added))
+    share = float(np.mean(floored))
+    found: dict[int, Prediction] = {}
+    for group in groups:
+        found |= _figures(sample.seq_len, group, share)
+    return found
+
+
+def _figures(seq_len: int, group: _Group, floored: float) -> dict[int, Prediction]:
+    result, means, found = join_parts(group.parts), group.counts.mean(axis=(1, 2)), {}
+    for k, (index, policy) in enumerate(group.members):
+        entries = float(means[k]) + (_mean_slots(policy, group.counts[k], group.stands[k]) if k in group.stands else 0.0)
+        found[index] = Prediction(
+            entries=entries,
+            retention=entries / seq_len,
+            harm=float(result.harm[k]),
+            margin_change=float(result.margin_change[k]),
+            layer_harm=float(result.layer_harm[k]),
+            recall=float(result.recall[k]),
+            head_harm=float(result.head_harm[k]),
+            missing=float(result.missing[k]),
+            degenerate=policy.is_degenerate(seq_len),
+            note=_note(policy, floored),
+        )
     return found
 
 
@@ -155,7 +282,7 @@ def _mean_slots(policy: Policy, counts: NDArray[np.int64], stand: Stand) -> floa
     return float(np.where(stand.gated, 0, slots).mean())
 
 
-def _note(policy: Policy, table: ProbeTable) -> str | None:
+def _note(policy: Policy, floored: float) -> str | None:
     """Say what the first-order figures leave out: of a compensation, and of what happens while decoding."""
     if policy.when != When():
         return "predicted as what it keeps of the prompt: what happens while decoding shows when the configuration is run"
@@ -164,6 +291,6 @@ def _note(policy: Policy, table: ProbeTable) -> str | None:
         return (
             f"predicted as its kept entries alone: what {kind} changes in them shows when the configuration is refined or run"
         )
-    if kind in ("mean", "weighted") and (share := floored_share(table)):
-        return f"{share:.1%} of the captured attention is below the file's precision and taken as its smallest number"
+    if kind in ("mean", "weighted") and floored:
+        return f"{floored:.1%} of the captured attention is below the file's precision and taken as its smallest number"
     return None

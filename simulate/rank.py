@@ -17,6 +17,7 @@ from kvtool.simulate.evaluate import Prediction
 from kvtool.simulate.pareto import pareto_front
 
 if TYPE_CHECKING:
+    from kvtool.calibration import Calibration
     from kvtool.models import ModelInfo
     from kvtool.policies import Policy
 
@@ -40,13 +41,15 @@ class Row:
         In any sample nothing is left to choose.
     harm, harm_low, harm_high : float or None
         Mean over samples and its 95 % bootstrap interval.
-    margin_change, recall, layer_harm : float or None
-        Means over samples.
+    margin_change, recall, layer_harm, head_harm, missing : float or None
+        Means over samples, see `kvtool.simulate.curves.Curves`.
+    predicted, predicted_low, predicted_high : float or None
+        Answer accuracy that a calibration predicts, with its interval.
     per_sample : dict of str to list of float
     kv_bytes_fp16 : int
         Planned bytes of the compressible layers at two bytes a number, mean over samples.
     rank : int or None
-        By harm within the budget, 1 is best; equal harms share a rank.
+        Within the budget by harm, or by the predicted accuracy where there is a calibration; 1 is best, equals share a rank.
     pareto : bool
         No other configuration keeps at most as much and harms at most as much.
     shortlisted : bool
@@ -72,6 +75,11 @@ class Row:
     margin_change: float | None = None
     recall: float | None = None
     layer_harm: float | None = None
+    head_harm: float | None = None
+    missing: float | None = None
+    predicted: float | None = None
+    predicted_low: float | None = None
+    predicted_high: float | None = None
     per_sample: dict[str, list[float]] = field(default_factory=dict)
     kv_bytes_fp16: int = 0
     rank: int | None = None
@@ -81,9 +89,19 @@ class Row:
     yardstick: bool = False
     note: str | None = None
 
+    @property
+    def loss(self) -> list[float]:
+        """What the ranking goes by, per sample, smaller is better: wrong share of the answer if calibrated, else harm."""
+        predicted = self.per_sample.get("predicted")
+        return [1.0 - p for p in predicted] if predicted else self.per_sample["harm"]
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
+
+
+#: figures that a row keeps of every sample
+KEPT = ("harm", "recall", "layer_harm", "head_harm", "missing")
 
 
 def resample_weights(n_samples: int, draws: int, seed: int) -> Float:
@@ -98,6 +116,7 @@ def rank_rows(
     info: ModelInfo,
     n_compressible: Sequence[int],
     weights: Float,
+    calibration: Calibration | None = None,
 ) -> list[Row]:
     """Aggregate over samples and rank.
 
@@ -109,6 +128,8 @@ def rank_rows(
     n_compressible : sequence of S int
         Layers of each sample that a policy applies to.
     weights : ndarray of shape (draws, S)
+    calibration : Calibration, optional
+        Adds the predicted accuracy, and ranks by it.
 
     Returns
     -------
@@ -118,17 +139,20 @@ def rank_rows(
     # Two bytes for each number of a key and of a value, in all KV heads of the sample's compressible layers.
     entry_bytes = 2 * 2 * info.head_dim * info.n_kv_heads * np.asarray(n_compressible)
     rows = [_row(policy, [sample[i] for sample in predictions], entry_bytes, weights) for i, policy in enumerate(policies)]
+    if calibration is not None:
+        for row in rows:
+            _calibrate(row, calibration)
     budgets: dict[str, list[Row]] = {}
     for row in rows:
         if row.status == "ok" and not row.yardstick:
             # Without a budget, what brings the same number of entries is compared.
             budgets.setdefault(row.budget or f"{row.entries:.3f}", []).append(row)
     for group in budgets.values():
-        harms = np.asarray([row.harm for row in group], dtype=np.float64)
-        for row, harm in zip(group, harms, strict=True):
-            row.rank = int((harms < harm).sum()) + 1
+        losses = np.asarray([np.mean(row.loss) for row in group], dtype=np.float64)
+        for row, loss in zip(group, losses, strict=True):
+            row.rank = int((losses < loss).sum()) + 1
     able = [row for row in rows if row.status == "ok" and not row.yardstick]
-    front = pareto_front(np.asarray([row.retention for row in able]), np.asarray([row.harm for row in able], dtype=np.float64))
+    front = pareto_front(np.asarray([row.retention for row in able]), np.asarray([np.mean(row.loss) for row in able]))
     for row, on_front in zip(able, front, strict=True):
         row.pareto = bool(on_front)
     return sorted(rows, key=lambda r: (r.retention, r.status != "ok", r.rank or 0))
@@ -155,8 +179,18 @@ def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray
         low, high = np.quantile(weights @ harm, [0.025, 0.975])
         row.harm, row.harm_low, row.harm_high = float(harm.mean()), float(low), float(high)
         row.margin_change = float(np.mean([p.margin_change for p in predictions if p.margin_change is not None]))
-        row.layer_harm = float(np.mean([p.layer_harm for p in predictions if p.layer_harm is not None]))
-        recall = [p.recall for p in predictions if p.recall is not None]
-        row.recall = float(np.mean(recall))
-        row.per_sample = {"harm": harm.tolist(), "recall": recall}
+        for name in KEPT:
+            values = [getattr(p, name) for p in predictions]
+            # Predictions that an older version wrote may lack a figure.
+            if all(value is not None for value in values):
+                setattr(row, name, float(np.mean(values)))
+                row.per_sample[name] = values
     return row
+
+
+def _calibrate(row: Row, calibration: Calibration) -> None:
+    if row.status == "ok":
+        predicted = calibration.predict({name: np.asarray(values) for name, values in row.per_sample.items()})
+        row.predicted = float(predicted.mean())
+        row.predicted_low, row.predicted_high = calibration.interval(row.predicted)
+        row.per_sample["predicted"] = predicted.tolist()

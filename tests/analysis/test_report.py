@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from kvtool.analysis.runner import run_analyze, run_fidelity
+from kvtool.analysis.fidelity_report import run_fidelity
+from kvtool.analysis.runner import run_analyze
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, open_run
 
@@ -158,7 +159,7 @@ def test_fidelity_of_folders(folders: tuple[Path, Path], tmp_path: Path) -> None
     assert not summary.paired
     saved = json.loads((tmp_path / "f/fidelity.json").read_text())
     assert saved["agreements"][0]["tau"]["harm"]["mean"] == pytest.approx(1)
-    assert "| 1000 | 10% | 3 | 1.00" in (tmp_path / "f/fidelity.md").read_text()
+    assert "| niah | prompt | 1000 | 10% | 3 | 1.00" in (tmp_path / "f/fidelity.md").read_text()
 
 
 def edit(folder: Path, name: str, change: Any) -> None:

@@ -38,9 +38,10 @@ def probes() -> dict[str, np.ndarray]:
     }
 
 
-def literal(probes: dict[str, np.ndarray], kept: list[list[list[int]]]) -> tuple[float, float, float, float]:
-    """Harm, signed change, largest layer harm and recall, one number at a time."""
+def literal(probes: dict[str, np.ndarray], kept: list[list[list[int]]]) -> tuple[float, ...]:
+    """Harm, signed change, largest layer harm, recall, largest head harm and missing mass, one number at a time."""
     harms, change, recalls = [], 0.0, []
+    by_head, missing, importance = dict.fromkeys(np.ndindex(L, H), 0.0), 0.0, 0.0
     for layer in range(L):
         harm = 0.0
         for q in range(Q):
@@ -53,9 +54,13 @@ def literal(probes: dict[str, np.ndarray], kept: list[list[list[int]]]) -> tuple
                 d = (some_b + own_b) / (some_a + own_a) - (all_b + own_b) / (all_a + own_a)
                 change += d
                 harm -= min(0.0, d)
+                by_head[layer, q // G] -= min(0.0, d)
+                weight = abs((all_b + own_b) / (all_a + own_a))
+                missing += weight * (all_a - some_a) / (all_a + own_a)
+                importance += weight
                 recalls.append(some_a / all_a)
         harms.append(harm)
-    return sum(harms), change, max(harms), float(np.mean(recalls))
+    return sum(harms), change, max(harms), float(np.mean(recalls)), max(by_head.values()), missing / importance
 
 
 def test_equal_the_literal_definition_with_budgets_per_head(probes: dict[str, np.ndarray]) -> None:
@@ -67,7 +72,7 @@ def test_equal_the_literal_definition_with_budgets_per_head(probes: dict[str, np
     for n, count in enumerate(counts):
         kept = [[order[layer, h, : count[layer, h]].tolist() for h in range(H)] for layer in range(L)]
         want = literal(probes, kept)
-        have = (got.harm[n], got.margin_change[n], got.layer_harm[n], got.recall[n])
+        have = (got.harm[n], got.margin_change[n], got.layer_harm[n], got.recall[n], got.head_harm[n], got.missing[n])
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
 
 
@@ -75,7 +80,7 @@ def test_full_budget_costs_nothing(probes: dict[str, np.ndarray]) -> None:
     order = np.tile(np.arange(T), (L, H, 1))
     table = probe_table(probes["attention"], probes["gain"], probes["attention_own"], probes["gain_own"], H)
     got = curves(table, order, np.full((1, L, H), T))
-    assert got.harm[0] < 1e-12
+    assert max(got.harm[0], got.head_harm[0], got.missing[0]) < 1e-12
     assert got.recall[0] == pytest.approx(1, abs=1e-12)
 
 

@@ -9,7 +9,6 @@ from kvtool.models import ModelInfo
 from kvtool.policies import Policy
 from kvtool.simulate.evaluate import Prediction
 from kvtool.simulate.rank import Row, rank_rows, resample_weights
-from kvtool.simulate.shortlist import CAP, make_shortlist
 
 INFO = ModelInfo("toy", "Toy", "0", n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_positions=512, windows=(None,) * 3)
 
@@ -67,44 +66,3 @@ def test_figures_by_hand() -> None:
     assert row.kv_bytes_fp16 == 20 * 2 * 2 * 2 * 8 * 2  # entries x layers x KV heads x (key, value) x numbers x bytes
     draws = np.random.default_rng(1).choice([1.0, 2.0, 3.0, 6.0], size=(100_000, 4)).mean(1)
     assert (row.harm_low, row.harm_high) == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist(), abs=0.26)
-
-
-def shortlisted(harms: dict[str, list[float | None]]) -> dict[str, str]:
-    rows = rank(harms)
-    n_samples = len(next(iter(harms.values())))
-    entries = make_shortlist(rows, resample_weights(n_samples, 1000, 0))
-    assert {e["policy"] for e in entries} == {row.policy for row in rows if row.shortlisted}
-    return {e["policy"]: e["why"] for e in entries}
-
-
-def test_comparisons_are_paired() -> None:
-    # Prompts differ far more than policies do. h2o is worse on every prompt; streaming is better on half of them.
-    best = [float(10 * s) for s in range(8)]
-    found = shortlisted(
-        {
-            "snapkv:budget=50%": best,
-            "h2o:budget=50%": [h + 0.5 for h in best],
-            "streaming:budget=50%": [h + (2.0 if s % 2 else -1.8) for s, h in enumerate(best)],
-            "random:budget=50%": [h + 50 for h in best],
-        }
-    )
-    assert set(found) == {"snapkv:budget=50%", "streaming:budget=50%", "random:budget=50%"}
-    assert found["streaming:budget=50%"] == "not clearly worse than snapkv:budget=50%"
-    assert found["random:budget=50%"].startswith("control")
-
-
-@pytest.mark.parametrize("n_prompts", [1, 5])
-def test_a_few_prompts_prove_nothing(n_prompts: int) -> None:
-    found = shortlisted({"snapkv:budget=50%": [1.0] * n_prompts, "h2o:budget=50%": [9.0] * n_prompts})
-    assert f"{n_prompts} prompts are too few to tell" in found["h2o:budget=50%"]
-
-
-def test_the_list_is_capped_and_says_how_many_are_left_out() -> None:
-    found = shortlisted({f"snapkv:budget=50%,kernel={2 * k + 1}": [1.0 + 0.01 * k] * 3 for k in range(CAP + 4)})
-    assert len(found) == CAP
-    assert sum("4 more are as close and left out" in why for why in found.values()) == CAP - 1
-
-
-def test_each_budget_has_its_own_list() -> None:
-    found = shortlisted({"h2o:budget=50%": [1.0] * 8, "snapkv:budget=50%": [2.0] * 8, "snapkv:budget=80%": [0.5] * 8})
-    assert set(found) == {"h2o:budget=50%", "snapkv:budget=80%"}

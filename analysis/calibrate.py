@@ -1,0 +1,213 @@
+"""Fit a calibration on simulate folders and the infer folders that confirmed them.
+
+Shapes: N configurations, S prompts, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtool.analysis.load import Float, Reality, Simulation, check_belongs, load_reality, load_simulation
+from kvtool.calibration import FEATURES, Calibration, curve, transform, write_calibration
+from kvtool.errors import ConfigError, DataError
+
+LEVEL = 0.9
+#: folds over prompts where there is only one pair of folders
+FOLDS = 5
+TRUTH = "answer_accuracy"
+#: least configurations and prompts of a pair
+LEAST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """One pair of folders: what was predicted and what came true.
+
+    Attributes
+    ----------
+    figures : dict of str to ndarray of shape (N, S)
+    real : ndarray of shape (N, S)
+        Answer accuracy, 0 ... 1.
+    budgets : tuple of N str
+    source : dict
+        What the pair is.
+    """
+
+    figures: dict[str, Float]
+    real: Float
+    budgets: tuple[str, ...]
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    mean: Float
+    scale: Float
+    weights: Float
+    intercept: float
+
+    def predict(self, figures: Mapping[str, Float]) -> Float:
+        return curve(self.intercept + (_stack(figures) - self.mean) / self.scale @ self.weights)
+
+
+def confirmed(simulation: Simulation, reality: Reality) -> Confirmed:
+    """Join a simulation and a run, prompt by prompt.
+
+    Raises
+    ------
+    ConfigError
+        They do not belong together, or are of different prompts.
+    DataError
+        Too few configurations have both sides.
+    """
+    check_belongs(simulation, reality)
+    if simulation.config.get("prompt_seed") != reality.config.get("seed") or simulation.config.get("n") != len(reality.samples):
+        raise ConfigError(
+            f"{simulation.folder} is of {simulation.config.get('n')} prompts of seed {simulation.config.get('prompt_seed')}, "
+            f"{reality.folder} of {len(reality.samples)} of seed {reality.config.get('seed')}; a calibration needs the same prompts "
+            "on both sides"
+        )
+    having = set(reality.measured(TRUTH))
+    columns = [i for i, sample in enumerate(reality.samples) if sample in having]
+    figures: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    real, budgets = [], []
+    for row in simulation.rows:
+        values = reality.values(row["policy"], TRUTH)
+        if row["status"] != "ok" or row["degenerate"] or row.get("yardstick") or values is None:
+            continue
+        if any(name not in row["per_sample"] for name in FEATURES):
+            raise DataError(
+                f"{simulation.folder} lacks figures that a calibration needs; run kvtool simulate again into a new folder"
+            )
+        for name in FEATURES:
+            figures[name].append([row["per_sample"][name][i] for i in columns])
+        real.append(values)
+        budgets.append(row["budget"] or "own")
+    if len(real) < LEAST or len(columns) < LEAST:
+        raise DataError(
+            f"{simulation.folder} and {reality.folder} share {len(real)} configurations on {len(columns)} prompts with an answer "
+            f"accuracy; at least {LEAST} of each are needed"
+        )
+    keys = {"task": "task", "length": "length", "compress_at": "compress_at", "prompt_seed": "seed"}
+    source = {"model": simulation.config["model"]["fingerprint"], **{k: simulation.config.get(s) for s, k in keys.items()}}
+    source |= {"prompt_seed": simulation.config.get("prompt_seed"), "prompts": len(columns), "configurations": len(real)}
+    return Confirmed({k: np.asarray(v, dtype=np.float64) for k, v in figures.items()}, np.asarray(real), tuple(budgets), source)
+
+
+def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibration:
+    """Fit the curve on all pairs; the interval's width comes from pairs (or prompts) that a fit had not seen.
+
+    The errors of a configuration's mean are collected by leaving out one pair at a time, or one of `FOLDS` sets of prompts if there
+    is one pair only (leaving out in turn as in the jackknife+, Barber et al. 2021). Errors of one pair are alike, so it is pairs, not
+    configurations, that are exchangeable: the next pair counts as one more with errors without bound (pooled distributions of
+    groups, Dunn, Wasserman and Ramdas 2022). With G pairs that promises G / (G + 1) at most, by the largest error there was.
+    """
+    if len(pairs) > 1:
+        splits = [([p for k, p in enumerate(pairs) if k != i], pair) for i, pair in enumerate(pairs)]
+    else:
+        fold = np.arange(pairs[0].real.shape[1]) % FOLDS
+        splits = [([_part(pairs[0], fold != k)], _part(pairs[0], fold == k)) for k in np.unique(fold)]
+    errors = [_errors(_fit(seen).predict(unseen.figures).mean(1), unseen) for seen, unseen in splits]
+    found, gaps = ([each[k] for each in errors] for k in (0, 1))
+    fit = _fit(pairs)
+    return Calibration(
+        features=FEATURES,
+        mean=tuple(fit.mean.tolist()),
+        scale=tuple(fit.scale.tolist()),
+        weights=tuple(fit.weights.tolist()),
+        intercept=fit.intercept,
+        level=min(level, len(pairs) / (len(pairs) + 1)) if len(pairs) > 1 else level,
+        half_width=_conformal(found, level, len(pairs)),
+        gap_width=_conformal(gaps, level, len(pairs)),
+        held_out="pair" if len(pairs) > 1 else "prompts",
+        n_errors=sum(map(len, found)),
+        sources=tuple(pair.source for pair in pairs),
+    )
+
+
+def _errors(predicted: Float, pair: Confirmed) -> tuple[Float, Float]:
+    """Return the errors of the N means, and of their differences from the predicted best of their budget."""
+    error = predicted - pair.real.mean(1)
+    gaps = np.empty_like(error)
+    for budget in set(pair.budgets):
+        members = np.flatnonzero(np.asarray(pair.budgets) == budget)
+        gaps[members] = error[members] - error[members[predicted[members].argmax()]]
+    return np.abs(error), np.abs(gaps)
+
+
+def _conformal(errors: Sequence[Float], level: float, n_pairs: int) -> float:
+    """Return the quantile of grouped errors; every group weighs the same, and one more lies at infinity."""
+    n = n_pairs if n_pairs > 1 else sum(map(len, errors))
+    values = np.concatenate(list(errors))
+    mass = np.concatenate([np.full(len(e), 1 / (len(e) * len(errors))) for e in errors])
+    order = np.argsort(values)
+    reached = np.cumsum(mass[order])
+    place = int(np.searchsorted(reached, level * (n + 1) / n - 1e-12))
+    return float(values[order[min(place, len(values) - 1)]])
+
+
+def _part(pair: Confirmed, columns: Any) -> Confirmed:
+    return Confirmed({k: v[:, columns] for k, v in pair.figures.items()}, pair.real[:, columns], pair.budgets, pair.source)
+
+
+def _stack(figures: Mapping[str, Float]) -> Float:
+    return np.stack([transform(name, figures[name]) for name in FEATURES], axis=-1)
+
+
+def _fit(pairs: Sequence[Confirmed]) -> _Fit:
+    """Logistic regression on shares: each (configuration, prompt) counts as right with its accuracy and as wrong with the rest.
+
+    Every pair weighs the same, however many prompts it has.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x = np.concatenate([_stack(p.figures).reshape(-1, len(FEATURES)) for p in pairs])
+    y = np.concatenate([p.real.ravel() for p in pairs])
+    weight = np.concatenate([np.full(p.real.size, 1 / p.real.size) for p in pairs])
+    weight *= len(y) / weight.sum()
+    mean, scale = x.mean(0), np.maximum(x.std(0), 1e-9)
+    z = (x - mean) / scale
+    label = np.repeat([1, 0], len(y))
+    model = LogisticRegression(C=1.0, max_iter=500).fit(
+        np.concatenate([z, z]), label, sample_weight=np.concatenate([weight * y, weight * (1 - y)])
+    )
+    return _Fit(mean, scale, model.coef_[0].astype(np.float64), float(model.intercept_[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateSummary:
+    """What was fitted."""
+
+    path: Path
+    calibration: Calibration
+
+    def text(self) -> str:
+        """Return what the command prints."""
+        c = self.calibration
+        weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in zip(c.features, c.weights, strict=True))
+        unseen = "pairs of folders" if c.held_out == "pair" else "prompts"
+        return (
+            f"answer accuracy from {len(c.sources)} confirmed runs; weights per standard deviation: {weights}\n"
+            f"{100 * c.level:.0f} % intervals: ± {c.half_width:.3f}, of differences ± {c.gap_width:.3f} (errors of {c.n_errors} "
+            f"configurations on {unseen} that the fit had not seen)\n"
+            f"{self.path}"
+        )
+
+
+def run_calibrate(folders: Sequence[tuple[Path, Path]], out: Path) -> CalibrateSummary:
+    """Fit a calibration on pairs of (simulate folder, infer folder) and write it.
+
+    Raises
+    ------
+    ConfigError, DataError
+        See `confirmed`.
+    """
+    pairs = [confirmed(load_simulation(simulated), load_reality(run)) for simulated, run in folders]
+    calibration = fit_calibration(pairs)
+    write_calibration(out, calibration)
+    return CalibrateSummary(out, calibration)

@@ -1,0 +1,169 @@
+"""Calibration on data whose curve is known; its intervals must hold what they promise on cells that it has not seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtool.analysis.calibrate import Confirmed, fit_calibration, run_calibrate
+from kvtool.analysis.fidelity_report import run_fidelity, was_fitted_on
+from kvtool.calibration import FEATURES, read_calibration, write_calibration
+from kvtool.errors import ConfigError, DataError
+from kvtool.files import append_records, open_run
+
+N, S, TOKENS = 16, 30, 6
+
+
+def pair(seed: int, shift: float = 0.0) -> Confirmed:
+    """Configurations whose answers come out right with a known probability; `shift` makes a cell differ from the others."""
+    rng = np.random.default_rng(seed)
+    harm = np.exp(rng.normal(0, 1.2, (N, 1)) + rng.normal(0, 0.3, (N, S)))
+    figures = {"harm": harm, "head_harm": harm * rng.uniform(0.3, 1, (N, S)), "missing": rng.uniform(0, 1, (N, S))}
+    real = rng.binomial(TOKENS, truth(figures, shift)) / TOKENS
+    return Confirmed(figures, real, ("5%", "10%") * (N // 2), {"model": "m", "task": f"t{seed}"})
+
+
+def truth(figures: dict[str, np.ndarray], shift: float = 0.0) -> np.ndarray:
+    index = 2.0 + shift - 1.5 * np.log1p(figures["harm"]) - 0.8 * np.log1p(figures["head_harm"]) - 1.0 * figures["missing"]
+    return np.asarray(1 / (1 + np.exp(-index)))
+
+
+def test_the_curve_is_found() -> None:
+    found = fit_calibration([pair(seed) for seed in range(8)])
+    fresh = pair(99)
+    assert np.abs(found.predict(fresh.figures) - truth(fresh.figures)).mean() < 0.02
+    assert (found.held_out, found.n_errors, len(found.sources)) == ("pair", 8 * N, 8)
+    # In units of one: weights are stored per standard deviation.
+    slopes = dict(zip(found.features, np.asarray(found.weights) / np.asarray(found.scale), strict=True))
+    assert slopes["harm"] == pytest.approx(-1.5, abs=0.4)
+    assert slopes["head_harm"] == pytest.approx(-0.8, abs=0.4)
+    assert slopes["missing"] == pytest.approx(-1.0, abs=0.25)
+
+
+def test_intervals_hold_at_least_nine_of_ten_means_on_cells_that_differ() -> None:
+    """Cells are shifted at random, those that are judged like those of the fit; over many cells coverage is what was asked for."""
+    rng = np.random.default_rng(1)
+    held = []
+    for repetition in range(6):
+        found = fit_calibration([pair(100 * repetition + k, rng.normal(0, 0.5)) for k in range(10)])
+        for k in range(10):
+            judged = pair(100 * repetition + 50 + k, rng.normal(0, 0.5))
+            predicted, real = found.predict(judged.figures).mean(1), judged.real.mean(1)
+            bounds = [found.interval(float(p)) for p in predicted]
+            held.append(np.mean([low <= r <= high for (low, high), r in zip(bounds, real, strict=True)]))
+    assert np.mean(held) >= 0.88
+
+
+def test_differences_are_surer_than_means_where_runs_are_shifted() -> None:
+    """A shift of a whole run cancels in differences within it."""
+    rng = np.random.default_rng(2)
+    found = fit_calibration([pair(k, rng.choice([-0.6, 0.6])) for k in range(10)])
+    assert found.gap_width < 0.9 * found.half_width
+    alike = fit_calibration([pair(k) for k in range(8)])
+    assert alike.gap_width > alike.half_width
+
+
+def test_few_pairs_promise_less_and_give_the_largest_error() -> None:
+    pairs = [pair(seed) for seed in range(3)]
+    found = fit_calibration(pairs)
+    assert found.level == 0.75
+    left_out = [
+        np.abs(fit_calibration([p for p in pairs if p is not out]).predict(out.figures).mean(1) - out.real.mean(1)) for out in pairs
+    ]
+    assert found.half_width == pytest.approx(np.max(left_out), abs=1e-6)
+
+
+def test_one_pair_is_split_by_prompts() -> None:
+    found = fit_calibration([pair(3)])
+    assert (found.held_out, found.n_errors) == ("prompts", 5 * N)
+
+
+def test_a_file_gives_the_same_figures_back(tmp_path: Path) -> None:
+    made = fit_calibration([pair(0), pair(1)])
+    write_calibration(tmp_path / "c.json", made)
+    assert read_calibration(tmp_path / "c.json") == made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "other"}, "is no calibration"),
+        ({"weights": [1.0]}, "do not fit together"),
+        ({"scale": [0.0, 1.0, 1.0]}, "do not fit together"),
+        ({"half_width": None}, "damaged"),
+        ({"gap_width": -0.1}, "do not fit together"),
+        ({"surprise": 1}, "damaged"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "c.json"
+    write_calibration(path, fit_calibration([pair(0), pair(1)]))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError, match=message):
+        read_calibration(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_calibration(tmp_path / "none.json")
+
+
+def test_a_simulation_without_the_figures_is_refused() -> None:
+    made = fit_calibration([pair(0)])
+    with pytest.raises(DataError, match="no figure 'missing'"):
+        made.predict({name: np.ones(3) for name in FEATURES if name != "missing"})
+
+
+def folders(root: Path, seed: int, prompt_seed: int = 0) -> tuple[Path, Path]:
+    """Write a pair as the folders of simulate and infer."""
+    data, root = pair(seed), root / str(seed)
+    samples, policies = [f"s{i}" for i in range(S)], [f"p{i}:budget=10%" for i in range(N)]
+    shared = {"task": f"t{seed}", "length": 100, "compress_at": "prompt"}
+    open_run(root / "sim", {"model": {"fingerprint": "f"}, "prompt_seed": prompt_seed, "n": S, **shared}, {})
+    append_records(
+        root / "sim/ranking.jsonl",
+        [
+            {"policy": p, "budget": "10%", "retention": 0.1, "status": "ok", "degenerate": False,
+             "per_sample": {"recall": [0.5] * S, **{k: v[i].tolist() for k, v in data.figures.items()}}}
+            for i, p in enumerate(policies)
+        ],
+    )  # fmt: skip
+    open_run(root / "run", {"fingerprint": "f", "seed": 0, "policies": policies, **shared}, {})
+    append_records(
+        root / "run/records.jsonl",
+        [
+            {"sample": s, "policy": p, "status": "ok", "degenerate": False, "answer_accuracy": float(data.real[i, j])}
+            for j, s in enumerate(samples)
+            for i, p in enumerate(policies)
+        ],
+    )
+    return root / "sim", root / "run"
+
+
+def test_from_folders_to_judgement(tmp_path: Path) -> None:
+    pairs = [folders(tmp_path, seed) for seed in range(4)]
+    summary = run_calibrate(pairs[:3], tmp_path / "c.json")
+    assert "from 3 confirmed runs" in summary.text()
+    judged = run_fidelity(pairs[3:], draws=50, calibration=tmp_path / "c.json")
+    (agreement,) = judged.agreements
+    assert agreement.tau["calibrated"].mean > 0.75
+    assert judged.coverage is not None
+    assert (judged.coverage.n, judged.coverage.seen) == (N, 0)
+    assert "hold the real mean" in judged.text()
+    again = run_fidelity(pairs[2:], draws=50, calibration=tmp_path / "c.json").coverage
+    assert again is not None
+    assert again.seen == 1
+    assert "no test" in again.text()
+
+
+def test_other_prompts_are_refused(tmp_path: Path) -> None:
+    simulated, run = folders(tmp_path, 5, prompt_seed=9)
+    with pytest.raises(ConfigError, match="same prompts on both sides"):
+        run_calibrate([(simulated, run)], tmp_path / "c.json")
+
+
+def test_what_a_calibration_was_fitted_on_is_known() -> None:
+    made = fit_calibration([pair(0)])
+    assert was_fitted_on(made, {"fingerprint": "m", "task": "t0"})
+    assert not was_fitted_on(made, {"fingerprint": "m", "task": "t1"})
