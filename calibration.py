@@ -25,8 +25,9 @@ from kvtool.files import write_json
 
 SCHEMA = "kvtool.calibration/1"
 Float = NDArray[np.float64]
-#: per-prompt figures of a simulation that the regression sees, in its order; harms enter as log(1 + harm)
-FEATURES = ("harm", "head_harm", "missing")
+#: per-prompt figures of a simulation that the regression sees, in its order; harms enter as log(1 + harm). With the total harm beside them
+#: the fit gave it a weight above 0 (more harm, better answers), and ranked no better on tasks that it had not seen.
+FEATURES = ("head_harm", "missing")
 HARMS = frozenset({"harm", "head_harm", "layer_harm"})
 HOW = "make one with kvtool analyze calibrate"
 

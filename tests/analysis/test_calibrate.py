@@ -22,13 +22,13 @@ def pair(seed: int, shift: float = 0.0) -> Confirmed:
     """Configurations whose answers come out right with a known probability; `shift` makes a cell differ from the others."""
     rng = np.random.default_rng(seed)
     harm = np.exp(rng.normal(0, 1.2, (N, 1)) + rng.normal(0, 0.3, (N, S)))
-    figures = {"harm": harm, "head_harm": harm * rng.uniform(0.3, 1, (N, S)), "missing": rng.uniform(0, 1, (N, S))}
+    figures = {"head_harm": harm, "missing": rng.uniform(0, 1, (N, S))}
     real = rng.binomial(TOKENS, truth(figures, shift)) / TOKENS
     return Confirmed(figures, real, ("5%", "10%") * (N // 2), {"model": "m", "task": f"t{seed}"})
 
 
 def truth(figures: dict[str, np.ndarray], shift: float = 0.0) -> np.ndarray:
-    index = 2.0 + shift - 1.5 * np.log1p(figures["harm"]) - 0.8 * np.log1p(figures["head_harm"]) - 1.0 * figures["missing"]
+    index = 2.0 + shift - 2.0 * np.log1p(figures["head_harm"]) - 1.0 * figures["missing"]
     return np.asarray(1 / (1 + np.exp(-index)))
 
 
@@ -39,8 +39,7 @@ def test_the_curve_is_found() -> None:
     assert (found.held_out, found.n_errors, len(found.sources)) == ("pair", 8 * N, 8)
     # In units of one: weights are stored per standard deviation.
     slopes = dict(zip(found.features, np.asarray(found.weights) / np.asarray(found.scale), strict=True))
-    assert slopes["harm"] == pytest.approx(-1.5, abs=0.4)
-    assert slopes["head_harm"] == pytest.approx(-0.8, abs=0.4)
+    assert slopes["head_harm"] == pytest.approx(-2.0, abs=0.2)
     assert slopes["missing"] == pytest.approx(-1.0, abs=0.25)
 
 
@@ -93,7 +92,7 @@ def test_a_file_gives_the_same_figures_back(tmp_path: Path) -> None:
     [
         ({"schema": "other"}, "is no calibration"),
         ({"weights": [1.0]}, "do not fit together"),
-        ({"scale": [0.0, 1.0, 1.0]}, "do not fit together"),
+        ({"scale": [0.0, 1.0]}, "do not fit together"),
         ({"half_width": None}, "damaged"),
         ({"gap_width": -0.1}, "do not fit together"),
         ({"surprise": 1}, "damaged"),
@@ -125,7 +124,7 @@ def folders(root: Path, seed: int, prompt_seed: int = 0) -> tuple[Path, Path]:
         root / "sim/ranking.jsonl",
         [
             {"policy": p, "budget": "10%", "retention": 0.1, "status": "ok", "degenerate": False,
-             "per_sample": {"recall": [0.5] * S, **{k: v[i].tolist() for k, v in data.figures.items()}}}
+             "per_sample": {"harm": data.figures["head_harm"][i].tolist(), "recall": [0.5] * S, **{k: v[i].tolist() for k, v in data.figures.items()}}}
             for i, p in enumerate(policies)
         ],
     )  # fmt: skip
