@@ -48,17 +48,18 @@ def lower_hull(entries: Int, harm: Float) -> Hull:
         Budgets, rising.
     harm : ndarray of shape (N,)
     """
+    x, y = entries.tolist(), harm.tolist()
     kept: list[int] = []
-    for i in range(len(entries)):
+    for i in range(len(x)):
         # The last vertex goes as long as it lies on or above the line from the one before it to the new point.
-        while len(kept) > 1 and _slope(entries, harm, kept[-2], kept[-1]) >= _slope(entries, harm, kept[-1], i):
+        while len(kept) > 1 and _slope(x, y, kept[-2], kept[-1]) >= _slope(x, y, kept[-1], i):
             kept.pop()
         kept.append(i)
     return Hull(entries[kept], harm[kept])
 
 
-def _slope(entries: Int, harm: Float, i: int, j: int) -> float:
-    return float((harm[j] - harm[i]) / (entries[j] - entries[i]))
+def _slope(x: list[float], y: list[float], i: int, j: int) -> float:
+    return (y[j] - y[i]) / (x[j] - x[i])
 
 
 def water_fill(hulls: list[Hull], total: int, cost: Int | None = None) -> Int:

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from kvtool.errors import DataError
 from kvtool.files import write_json
-from kvtool.policies.hull import Hull, lower_hull, rank_one, water_fill
-from kvtool.policies.shares import share
+from kvtool.policies.hull import Hull, lower_hull
+from kvtool.policies.shapes import BudgetShape, shaped_budgets
 
 SCHEMA = "kvtool.plan/1"
 Float = NDArray[np.float64]
 HOW = "make one with kvtool plan export"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Harm curves of all heads under one scorer, averaged over calibration prompts.
 
@@ -70,41 +70,47 @@ class Plan:
 
     def hulls(self, seq_len: int, minimum: int) -> list[Hull]:
         """Return the lower convex hull of every (layer, head), layer-major, over budgets ``minimum ... seq_len``."""
-        free = seq_len - minimum
-        entries = minimum + np.round(self.free_shares * free).astype(np.int64)
-        entries, first = np.unique(entries, return_index=True)
-        curves = self.harm[first].reshape(len(entries), -1)
+        entries, harm = self.curves(seq_len, minimum)
+        curves = harm.reshape(len(entries), -1)
         return [lower_hull(entries, curves[:, k]) for k in range(curves.shape[1])]
 
-    def budgets(self, budget: int, seq_len: int, minimum: int, shape: str = "free") -> NDArray[np.int64]:
+    def curves(self, seq_len: int, minimum: int) -> tuple[NDArray[np.int64], Float]:
+        """Return the budgets ``minimum ... seq_len`` at which harm is known, (M,), rising, and the harm there, (M, L, H)."""
+        entries = minimum + np.round(self.free_shares * (seq_len - minimum)).astype(np.int64)
+        entries, first = np.unique(entries, return_index=True)
+        return entries, self.harm[first]
+
+    def budgets(
+        self,
+        budget: int,
+        seq_len: int,
+        minimum: int,
+        shape: BudgetShape = "free",
+        kinds: tuple[tuple[int, ...], ...] | None = None,
+    ) -> NDArray[np.int64]:
         """Return budgets of every (layer, head) with the mean `budget`, (L, H).
 
         Parameters
         ----------
         shape : str
-            ``"free"``: the optimum of the curves; ``"layer"``: heads of a layer alike; ``"rank1"``: a factor per layer times one per
-            head, HACE's shape.
+            ``"free"``: the optimum of the curves; ``"layer"``, ``"head"``, ``"kinds"``: heads of a layer, of an index, of a kind alike;
+            ``"within"``: layers alike, their heads free; ``"rank1"``: a factor per layer times one per head above a floor, HACE's
+            shape; ``"uniform"``. See `kvtool.policies.shapes.shaped_budgets`.
+        kinds : tuple of tuple of int, optional
+            Number of each head's kind, (L, H), for ``"kinds"``.
         """
         n_layers, n_heads = self.harm.shape[1:]
         if minimum >= seq_len:
             return np.full((n_layers, n_heads), seq_len)
-        total, hulls = budget * n_layers * n_heads, self.hulls(seq_len, minimum)
-        if shape == "layer":
-            points = hulls[0].entries if len(hulls) == 1 else np.unique(np.concatenate([h.entries for h in hulls]))
-            joined = [
-                lower_hull(
-                    points,
-                    np.sum([np.interp(points, h.entries, h.harm) for h in hulls[i * n_heads : (i + 1) * n_heads]], axis=0),
-                )
-                for i in range(n_layers)
-            ]
-            per_layer = water_fill(joined, total, np.full(n_layers, n_heads))
-            return np.repeat(per_layer[:, None], n_heads, axis=1)
-        best = water_fill(hulls, total).reshape(n_layers, n_heads)
-        if shape == "rank1":
-            product = rank_one(best.astype(np.float64), minimum) - minimum
-            return np.asarray(share(total, product.flatten().tolist(), minimum, seq_len)).reshape(best.shape)
-        return best
+        return _budgets(self, budget * n_layers * n_heads, seq_len, minimum, shape, kinds).copy()
+
+
+@lru_cache(maxsize=512)
+def _budgets(
+    plan: Plan, total: int, seq_len: int, minimum: int, shape: BudgetShape, kinds: tuple[tuple[int, ...], ...] | None
+) -> NDArray[np.int64]:
+    """Kept, since every prompt of a length asks for the same."""
+    return shaped_budgets(*plan.curves(seq_len, minimum), total, shape, None if kinds is None else np.asarray(kinds))
 
 
 def write_plan(path: Path, plan: Plan) -> None:
