@@ -21,6 +21,7 @@ from kvtool.cli_options import (
     whole_numbers,
 )
 from kvtool.cli_plan import plan
+from kvtool.cli_search import search
 from kvtool.errors import KvtoolError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ def cli() -> None:
 @compress_option
 @click.option("--windows", default="8,16,32,64", show_default=True, help="Window sizes of the window statistics, in queries.")
 @click.option("--statistics", default=None, help="Comma-separated selection statistics; default: all.")
+@click.option(
+    "--permute/--no-permute",
+    default=True,
+    show_default=True,
+    help="Run each prompt once more with its blocks permuted: do heads follow content or places?",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be captured and how large it gets; capture nothing.")
 @out_option("capture.h5", "HDF5 file to write.")
 @json_option
@@ -102,6 +109,7 @@ def capture(
     compress_at: str,
     windows: str,
     statistics: str | None,
+    permute: bool,
     dry_run: bool,
     out: Path,
     as_json: bool,
@@ -125,6 +133,7 @@ def capture(
         compress_at=compress_at,  # type: ignore[arg-type]
         windows=tuple(whole_numbers("--windows", windows)),
         statistics=tuple(s.strip() for s in statistics.split(",")) if statistics else None,
+        permute=permute,
     )
     if dry_run:
         from kvtool.capture.runner import estimate
@@ -139,6 +148,7 @@ def capture(
         (summary.n_truncated, "have a longer answer than is probed: its first tokens only"),
         (summary.n_model_answers, "have no gold answer: the model's own full-cache answer is used"),
         (summary.n_without_margins, "have an answer of one token, which compression after the prompt cannot change"),
+        (summary.n_unpermuted, "are too short to permute blocks: no content-versus-slot score of their heads"),
         (summary.n_kept_layers, "(sample, layer) pairs are sliding windows that no policy touches"),
     ):
         if count:
@@ -148,18 +158,26 @@ def capture(
 
 @cli.command()
 @click.argument("capture_file", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option(
+    "--against",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Capture of the same model on other prompts, tasks or texts: do the labels stay? Repeat for several.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap and of the splits of prompts.")
 @out_option("heads.json", "JSON file to write.")
 @json_option
-def classify(capture_file: Path, seed: int, out: Path, as_json: bool) -> None:
-    """Head kinds with their confidence, and head importance, from a capture.
+def classify(capture_file: Path, others: tuple[Path, ...], seed: int, out: Path, as_json: bool) -> None:
+    """Head kinds with a confidence that is checked on held-out prompts, and head importance, from a capture.
 
     \b
     kvtool classify capture.h5 -o heads.json
+    kvtool classify niah.h5 --against more.h5 --against text.h5 -o heads.json
     """
     from kvtool.classify.runner import run_classify
 
-    summary = run_classify(capture_file, out, seed=seed)
+    summary = run_classify(capture_file, out, seed=seed, others=others)
     emit(as_json, summary, summary.text())
 
 
@@ -169,6 +187,15 @@ def classify(capture_file: Path, seed: int, out: Path, as_json: bool) -> None:
 @click.option("--refine", default=0, show_default=True, help="Masked teacher-forced forwards for the best N (needs the model).")
 @click.option("--draws", default=1000, show_default=True, help="Bootstrap draws for the intervals.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--calibration", default="", help="File of kvtool analyze calibrate: predict accuracy, and rank by it.")
+@click.option(
+    "--shortlist-cap",
+    type=int,
+    default=None,
+    metavar="N",
+    help="At most N configurations per budget on the shortlist; default: all that are not clearly dominated.",
+)
+@click.option("--jobs", "-j", default=0, show_default=True, help="Processes for large requests; 0: one per core.")
 @model_options
 @out_option("simulate", "Folder to write.")
 @json_option
@@ -180,6 +207,9 @@ def simulate(
     refine: int,
     draws: int,
     seed: int,
+    calibration: str,
+    shortlist_cap: int | None,
+    jobs: int,
     model: str,
     device: str,
     dtype: str,
@@ -202,6 +232,9 @@ def simulate(
         refine=refine,
         draws=draws,
         seed=seed,
+        calibration=calibration,
+        shortlist_cap=shortlist_cap,
+        jobs=jobs,
     )
     loaded = _load(model, device, dtype) if refine else None
     summary = run_simulate(config, out, loaded)
@@ -365,6 +398,7 @@ def tasks(as_json: bool) -> None:
 
 cli.add_command(analyze)
 cli.add_command(plan)
+cli.add_command(search)
 
 
 def main() -> None:

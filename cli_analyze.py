@@ -6,12 +6,18 @@ from pathlib import Path
 
 import click
 
-from kvtool.cli_options import emit, json_option, out_option
+from kvtool.cli_gaps import gaps
+from kvtool.cli_importance import importance
+from kvtool.cli_options import emit, json_option, model_options, out_option, policy_options, read_budgets
 
 
 @click.group()
 def analyze() -> None:
-    """Put prediction and reality side by side: report, fidelity."""
+    """Put prediction and reality side by side: report, fidelity; and ask why: compensation, gaps, importance."""
+
+
+analyze.add_command(importance)
+analyze.add_command(gaps)
 
 
 @analyze.command("report")
@@ -36,9 +42,24 @@ def analyze_report(simulate_dir: Path, infer_dir: Path, out: Path, as_json: bool
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--draws", default=2000, show_default=True, help="Bootstrap draws over prompts.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Also judge this calibration's predictions.")
+@click.option(
+    "--order-level",
+    default=0.01,
+    show_default=True,
+    help="Budgets whose p-value (Friedman) is not below have no order; 1: all have.",
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write fidelity.json and fidelity.md here.")
 @json_option
-def analyze_fidelity(folders: tuple[Path, ...], draws: int, seed: int, out: Path | None, as_json: bool) -> None:
+def analyze_fidelity(
+    folders: tuple[Path, ...],
+    draws: int,
+    seed: int,
+    calibration: Path | None,
+    order_level: float,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """How well the offline ranking agrees with reality: Kendall tau-b within each budget, with intervals.
 
     FOLDERS are pairs: simulate folder, infer folder, and so on.
@@ -46,10 +67,91 @@ def analyze_fidelity(folders: tuple[Path, ...], draws: int, seed: int, out: Path
     \b
     kvtool analyze fidelity sim1024 run1024 sim2048 run2048
     """
-    from kvtool.analysis.runner import run_fidelity
+    from kvtool.analysis.fidelity_report import run_fidelity
 
+    result = run_fidelity(_pairs(folders), draws, seed, out, calibration, order_level)
+    emit(as_json, result, result.text())
+
+
+@analyze.command("calibrate")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@out_option("calibration.json", "File to write.")
+@json_option
+def analyze_calibrate(folders: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Fit predicted figures to the scores that came true; for kvtool simulate --calibration.
+
+    FOLDERS are pairs: simulate folder, infer folder, and so on, each pair on the same prompts.
+
+    \b
+    kvtool analyze calibrate sim-single run-single sim-text run-text -o calibration.json
+    kvtool simulate other.h5 --calibration calibration.json
+    """
+    from kvtool.analysis.calibrate import run_calibrate
+
+    summary = run_calibrate(_pairs(folders), out)
+    emit(as_json, summary, summary.text())
+
+
+def _pairs(folders: tuple[Path, ...]) -> list[tuple[Path, Path]]:
     if len(folders) % 2:
         raise click.UsageError("give pairs of folders: simulate folder, infer folder, ...")
-    pairs = list(zip(folders[::2], folders[1::2], strict=True))
-    result = run_fidelity(pairs, draws=draws, seed=seed, out=out)
-    emit(as_json, result, result.text())
+    return list(zip(folders[::2], folders[1::2], strict=True))
+
+
+@analyze.command("compensation")
+@click.argument("capture_file", type=click.Path(path_type=Path))
+@policy_options
+@click.option("--block", default="16,32,64,full", show_default=True, help="Comma-separated entries per representative.")
+@click.option(
+    "--measure", type=click.Choice(["margin", "harm"]), default="margin", show_default=True, help="What to count losses in."
+)
+@click.option("--refine", is_flag=True, help="Also run every counterfactual for real, as a masked forward (needs the model).")
+@click.option("--draws", default=1000, show_default=True, help="Bootstrap draws over prompts.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@model_options
+@out_option("compensation", "Folder to write.")
+@json_option
+def analyze_compensation(
+    capture_file: Path,
+    policies: tuple[str, ...],
+    retention: str,
+    heads: str,
+    block: str,
+    measure: str,
+    refine: bool,
+    draws: int,
+    seed: int,
+    model: str,
+    device: str,
+    dtype: str,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Why representatives of evicted blocks lose against evicting alone, head by head, and where they help.
+
+    Policies are given without compensation (default: snapkv); each budget is taken with each block size.
+
+    \b
+    kvtool analyze compensation capture.h5 -p snapkv:window=8 -r 5%,10% --block 16,32,64,full -o compensation
+    """
+    from kvtool.simulate.attribution_runner import DEFAULT_POLICIES, AttributionConfig, run_attribution
+
+    blocks = tuple(item.strip() for item in block.split(",") if item.strip())
+    config = AttributionConfig(
+        str(capture_file),
+        policies or DEFAULT_POLICIES,
+        tuple(read_budgets(retention)),
+        blocks,
+        heads,
+        measure,
+        refine,
+        draws,
+        seed,
+    )
+    loaded = None
+    if refine:
+        from kvtool.models import load_model
+
+        loaded = load_model(model, device, dtype)
+    summary = run_attribution(config, out, loaded)
+    emit(as_json, summary, summary.text())

@@ -63,11 +63,11 @@ Bounds = Sequence[Sequence[Sequence[int | None] | None] | None]
 def own_bounds(prompts: Sequence[PromptLayer], how: Holding) -> Bounds | None:
     """Return the capacities of a method that brings its own number of entries, however short the prompt was.
 
-    None for policies with a budget, whose heads may hold what they got of the prompt, and for those that do not evict. A head
-    that keeps everything of any prompt (DuoAttention's retrieval heads) has no bound.
+    None for policies with a budget (or a share of the prompt of their own), whose heads may hold what they got of the prompt, and for
+    those that do not evict. A head that keeps everything of any prompt (DuoAttention's retrieval heads) has no bound.
     """
     policy = how.policy
-    if policy.budget is not None or how.policy.when.decode == "grow":
+    if policy.budget is not None or policy.method.own_share or policy.when.decode == "grow":
         return None
     parts = policy.method.parts()
     request = Request(policy.entries(ENDLESS), policy.minimum(ENDLESS), parts.selector, implied=True)

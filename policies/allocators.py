@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvtool.policies.base import Allocator, LayerView, Request, Selector
 from kvtool.policies.preference import layer_preferences, preference_needs
@@ -13,6 +13,8 @@ from kvtool.policies.shares import share
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvtool.policies.shapes import BudgetShape
 
 PyramidRule = Literal["exact", "factory", "adakv", "kvpress"]
 JointRule = Literal["exact", "official", "kvpress"]
@@ -24,6 +26,9 @@ class Uniform(Allocator):
     """The same number of entries for every head of every layer."""
 
     layer_local: ClassVar[bool] = True
+
+    def budget_shape(self) -> BudgetShape:
+        return "uniform"
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         return [[request.budget] * view.n_kv_heads for view in views]
@@ -54,6 +59,9 @@ class Pyramid(Allocator):
     window: int
     beta: float = 20.0
     rule: PyramidRule = "exact"
+
+    def budget_shape(self) -> BudgetShape:
+        return "layer"
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         n_heads, seq_len = views[0].n_kv_heads, views[0].seq_len
@@ -134,6 +142,9 @@ class Joint(Allocator):
     rule: JointRule = "exact"
     normalize: bool = False
 
+    def budget_shape(self) -> BudgetShape:
+        return "within"
+
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         return [self.layer(score, request.budget * view.n_kv_heads, request) for view, score in zip(views, scores, strict=True)]
 
@@ -141,6 +152,8 @@ class Joint(Allocator):
         """Return the budgets of one layer's heads, which share `total` entries."""
         import torch
 
+        # The order of plain scores serves all budgets and floors; a weighed one depends on the budget.
+        known: dict[Any, Any] = {} if self.normalize else request.memo.scores.setdefault(("joint", id(scores)), {})
         scores = scores[0] if scores.dim() == 3 else scores
         n_heads, seq_len = scores.shape
         sink, window = min(request.selector.sink, seq_len), min(request.selector.window, seq_len)
@@ -156,15 +169,26 @@ class Joint(Allocator):
         if self.normalize and mean:
             held = free.topk(mean, dim=-1).values.sum(dim=-1, keepdim=True)
             free = free * held / free.sum(dim=-1, keepdim=True).clamp_min(1e-30)
-        # A stable sort: equal scores go to the earlier head and position.
-        order = torch.argsort(free.flatten(), descending=True, stable=True)[:n_won]
-        won = torch.bincount(order // n_free, minlength=n_heads).double()
+        if n_won not in known:
+            known[n_won] = torch.bincount(self._owners(free, known)[:n_won], minlength=n_heads).double().tolist()
+        won = known[n_won]
         if self.rule == "official":
             # Half to even, as torch.round; int() of the floor's product as in the repository.
-            mixed = won * (1 - self.floor) + int(mean * self.floor)
+            mixed = torch.tensor(won, dtype=torch.float64) * (1 - self.floor) + int(mean * self.floor)
             return [min(seq_len, protected + int(x)) for x in torch.round(mixed.float()).tolist()]
-        wanted = protected + won * (1 - self.floor) + n_won / n_heads * self.floor
-        return share(total, (wanted - request.minimum).clamp_min(0.0).tolist(), request.minimum, seq_len)
+        wanted = [protected + n * (1 - self.floor) + n_won / n_heads * self.floor for n in won]
+        return share(total, [max(0.0, n - request.minimum) for n in wanted], request.minimum, seq_len)
+
+    @staticmethod
+    def _owners(free: Tensor, known: dict[Any, Any]) -> Tensor:
+        """Return the head of each free entry of a layer, best entry first; of ``free`` ``[H, n]``, int64 ``[H n]``."""
+        import torch
+
+        if "owners" not in known:
+            # A stable sort: equal scores go to the earlier head and position.
+            known["owners"] = torch.argsort(free.flatten(), descending=True, stable=True) // free.shape[1]
+        owners: Tensor = known["owners"]
+        return owners
 
     def _secured(self, free: Tensor, mean: int, protected: int) -> list[int]:
         """kvpress: `mean` entries per head beside the protected ones."""
@@ -201,12 +225,15 @@ class Cake(Allocator):
     rule: CakeRule = "exact"
     cascade: bool = False
 
+    def budget_shape(self) -> BudgetShape:
+        return "layer"
+
     def needs(self) -> tuple[str, ...]:
         return preference_needs(self.window)
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         n_heads, seq_len = views[0].n_kv_heads, views[0].seq_len
-        preferences = layer_preferences(views, self.window, self.tau1, self.tau2)
+        preferences = layer_preferences(views, self.window, self.tau1, self.tau2, request.memo.views)
         if self.rule == "exact" and not self.cascade:
             per_layer = share(request.budget * len(views), preferences, request.minimum, seq_len)
         else:
@@ -221,7 +248,7 @@ class Cake(Allocator):
 
         A layer's kept entries after the last stage are the best by the smallest of its budgets, as `allocate` gives them.
         """
-        preferences = layer_preferences(views, self.window, self.tau1, self.tau2)
+        preferences = layer_preferences(views, self.window, self.tau1, self.tau2, request.memo.views)
         per_layer = stage_entries(preferences, request.budget, views[0].seq_len, self.window, n_layers, self.rule)
         least = min(request.minimum, views[0].seq_len)
         return [[max(n, least)] * views[0].n_kv_heads for n in per_layer]
@@ -306,7 +333,9 @@ class Lava(Allocator):
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         n_heads, seq_len = views[0].n_kv_heads, views[0].seq_len
-        weights = [spread_of_scores(score, request.selector) for score in scores]
+        weights = request.memo.scores.setdefault("spread", [])
+        if not weights:
+            weights += [spread_of_scores(score, request.selector) for score in scores]
         per_layer = share(request.budget * n_heads * len(views), weights, request.minimum * n_heads, seq_len * n_heads)
         joint = Joint(self.floor)
         return [joint.layer(score, total, request) for score, total in zip(scores, per_layer, strict=True)]

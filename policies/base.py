@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from kvtool.policies.shapes import BudgetShape
+
 
 @runtime_checkable
 class LayerView(Protocol):
@@ -67,6 +69,22 @@ class Scorer(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Memo:
+    """What allocators have worked out for one prompt, kept by callers that ask for many budgets of it.
+
+    Attributes
+    ----------
+    views : dict
+        Facts that depend on the views alone.
+    scores : dict
+        Facts that depend on the views, on one scorer's scores and on one selector; valid as long as these tensors are held.
+    """
+
+    views: dict[Any, Any] = field(default_factory=dict)
+    scores: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What an allocator has to share out.
 
@@ -80,12 +98,15 @@ class Request:
         Says which positions are protected.
     implied : bool
         No budget was given: the method's own number of entries counts.
+    memo : Memo
+        Where an allocator may leave what other budgets of the same prompt can use.
     """
 
     budget: int
     minimum: int
     selector: Selector
     implied: bool = False
+    memo: Memo = field(default_factory=Memo, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +120,17 @@ class Allocator(ABC):
     def needs(self) -> tuple[str, ...]:
         """Return the names of the statistics that `allocate` asks for."""
         return ()
+
+    def budget_shape(self) -> BudgetShape:
+        """Return the tightest shape that budgets of this allocator always have, rounding to whole entries apart.
+
+        What they lose against the best budgets of that shape is the allocator's, the rest the shape's (`kvtool analyze gaps`).
+        """
+        return "free"
+
+    def head_kinds(self, views: Sequence[LayerView]) -> list[list[int]] | None:
+        """Return the number of each head's kind, ``[len(views)][H]``, where the shape is ``"kinds"``; else None."""
+        return None
 
     def check_files(self) -> None:
         """Refuse files that are missing or do not hold what `allocate` needs, before anything is run.
@@ -224,6 +256,8 @@ class Method(ABC):
     keeps_all: ClassVar[bool] = False
     #: brings its own number of entries (windows, say): a budget may be left out
     implies_budget: ClassVar[bool] = False
+    #: that number is a share of the prompt, as a budget's: while decoding a head holds what it got of the prompt
+    own_share: ClassVar[bool] = False
     #: needs facts that no real run can have
     simulate_only: ClassVar[bool] = False
     #: parameters for prompts of about a hundred tokens, where the defaults are meant for thousands
@@ -232,6 +266,11 @@ class Method(ABC):
     @abstractmethod
     def parts(self) -> Parts:
         """Return the five pieces."""
+
+    @property
+    def wants_heads(self) -> bool:
+        """True if it takes a heads file and names none yet."""
+        return getattr(self, "heads", None) == ""
 
     @property
     def exact(self) -> bool:
@@ -319,17 +358,17 @@ class Policy:
             return self.budget.resolve(seq_len)
         return seq_len if self.method.keeps_all else round(self.method.implied_entries(seq_len))
 
-    def entries(self, seq_len: int) -> int:
+    def entries(self, seq_len: int, least: int | None = None) -> int:
         """Return the mean entries per KV head for a prompt of `seq_len` tokens, slots of a compensation counted.
 
-        Rounded where the method brings its own number of entries.
+        Rounded where the method brings its own number of entries. `least` is `minimum`'s answer, where it is known already.
 
         Raises
         ------
         ConfigError
             The budget is smaller than the protected sink and window.
         """
-        entries, least = self.asked(seq_len), self.minimum(seq_len)
+        entries, least = self.asked(seq_len), self.minimum(seq_len) if least is None else least
         if self.budget is not None and entries < least:
             protected = min(self.method.parts().selector.protected, seq_len)
             slots = f" and {least - protected} slots of its compensation" if least > protected else ""

@@ -76,7 +76,7 @@ def policy_facts(name: str) -> dict[str, Any]:
         "needs": list(parts.needs()),
         "protected": parts.selector.protected,
         "budget": "none" if cls.keeps_all else "optional" if cls.implies_budget else "needed",
-        "heads_file": "heads" in method.parameters() or "plan" in method.parameters(),
+        "heads_file": any(name in method.parameters() for name in ("heads", "plan", "file")),
         "decode": not cls.keeps_all and can_decode(method),
         "exact": method.exact and not cls.keeps_all,
         "layer_local": parts.allocator.layer_local,
@@ -177,6 +177,7 @@ def show(facts: Mapping[str, Any]) -> str:
     heads = "heads=FILE or --heads FILE; kvtool classify makes one"
     heads += ", HeadKV's and DuoAttention's are read too" if "score" in facts["parameters"] else ""
     heads = "plan=FILE; kvtool plan export makes one" if "plan" in facts["parameters"] else heads
+    heads = "file=FILE; kvtool plan export and plan import make one" if "file" in facts["parameters"] else heads
     fields = {
         "formula": facts["formula"],
         "parameters": ", ".join(_parameter(k, v) for k, v in facts["parameters"].items()) or "none",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from kvtool.policies.shares import share
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvtool.policies.shapes import BudgetShape
 
 HeadRule = Literal["exact", "official", "factory"]
 Float = NDArray[np.float64]
@@ -53,8 +55,18 @@ class HeadScores:
         if query or self.name not in table.kv_scores:
             table.query_scores(self.name)
 
-    def layers(self, views: Sequence[LayerView], *, query: bool = False) -> Float:
-        """Return one score per view and KV head, (views, H), or per query head, (views, Q); not negative."""
+    def layers(self, views: Sequence[LayerView], memo: dict[Any, Any], *, query: bool = False) -> Float:
+        """Return one score per view and KV head, (views, H), or per query head, (views, Q); not negative.
+
+        Asked for once per prompt, see `kvtool.policies.base.Memo.views`.
+        """
+        key = (self, query)
+        if key not in memo:
+            memo[key] = self._layers(views, query=query)
+        found: Float = memo[key]
+        return found
+
+    def _layers(self, views: Sequence[LayerView], *, query: bool) -> Float:
         rows = []
         for view in views:
             if self.path:
@@ -103,17 +115,13 @@ class HeadImportance(Allocator):
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
         if self.rule != "exact":
             return self._official(views, request)
-        importance = self.source.layers(views)
-        seq_len, n_heads = views[0].seq_len, importance.size
-        weights = normalised(importance, self.temperature)
-        past = request.budget - request.minimum
-        pool = past / self.beta
-        targets = weights * pool * n_heads + (past - pool)
-        flat = share(request.budget * n_heads, targets.flatten().tolist(), request.minimum, seq_len)
-        return np.asarray(flat).reshape(importance.shape).tolist()  # type: ignore[no-any-return]
+        importance = self.source.layers(views, request.memo.views)
+        found = importance_budgets(importance, self.beta, self.temperature, request.budget, request.minimum, views[0].seq_len)
+        return found.tolist()  # type: ignore[no-any-return]
 
     def _official(self, views: Sequence[LayerView], request: Request) -> list[list[int]]:
-        importance, seq_len, n_kv = self.source.layers(views, query=True), views[0].seq_len, views[0].n_kv_heads
+        importance = self.source.layers(views, request.memo.views, query=True)
+        seq_len, n_kv = views[0].seq_len, views[0].n_kv_heads
         capacity = request.budget if self.rule == "factory" else request.budget - self.window
         free = max(0, seq_len - self.window)
         if self.rule == "official" and free < capacity:
@@ -122,6 +130,17 @@ class HeadImportance(Allocator):
         # KVCache-Factory's way to KV heads: the mean of the group's rounded capacities, rounded again.
         grouped = np.round(table.reshape(len(table), n_kv, -1).mean(axis=2)).astype(np.int64)
         return [[min(n, free) + min(self.window, seq_len) for n in row] for row in grouped.tolist()]
+
+
+def importance_budgets(
+    importance: Float, beta: float, temperature: float, budget: int, minimum: int, seq_len: int
+) -> NDArray[np.int64]:
+    """Share the past entries ``budget - minimum`` by importance above a floor, exact in total, (L, H); see `HeadImportance`."""
+    past = budget - minimum
+    pool = past / beta
+    targets = normalised(importance, temperature) * pool * importance.size + (past - pool)
+    flat = share(budget * importance.size, targets.flatten().tolist(), minimum, seq_len)
+    return np.asarray(flat, dtype=np.int64).reshape(importance.shape)
 
 
 def normalised(importance: Float, temperature: float = 1.0) -> Float:
@@ -176,6 +195,12 @@ class LayerTimesHead(Allocator):
     tau1: float = 1.0
     tau2: float = 1.0
 
+    def budget_shape(self) -> BudgetShape:
+        # The importance is a number per layer *and* head, so the product has no shape of its own but for the ablation without it.
+        if self.source and self.head_power:
+            return "free"
+        return "layer" if self.layer_power else "uniform"
+
     def needs(self) -> tuple[str, ...]:
         layers = preference_needs(self.window) if self.layer_power else ()
         return (*layers, *(self.source.needs() if self.source and self.head_power else ()))
@@ -188,11 +213,11 @@ class LayerTimesHead(Allocator):
         shape = (len(views), views[0].n_kv_heads)
         weights = np.ones(shape)
         if self.layer_power:
-            preference = np.asarray(layer_preferences(views, self.window, self.tau1, self.tau2))
+            preference = np.asarray(layer_preferences(views, self.window, self.tau1, self.tau2, request.memo.views))
             # Scaled first: powers of large preferences stay finite.
             weights *= (preference / preference.max())[:, None] ** self.layer_power
         if self.source and self.head_power:
-            importance = self.source.layers(views)
+            importance = self.source.layers(views, request.memo.views)
             weights *= (importance / (importance.max() or 1.0)) ** self.head_power
         free = (request.budget - request.minimum) * weights.size
         own = int(self.floor * free / weights.size)
@@ -227,17 +252,22 @@ class FullHeads(Allocator):
         self.source.check()
 
     def allocate(self, views: Sequence[LayerView], scores: Sequence[Tensor], request: Request) -> list[list[int]]:
-        gates, seq_len = self.source.layers(views), views[0].seq_len
+        gates, seq_len = self.source.layers(views, request.memo.views), views[0].seq_len
         streaming = max(min(self.streaming, seq_len), min(request.minimum, seq_len))
         if request.implied:
             return np.where(full_heads(gates, self.sparsity), seq_len, streaming).tolist()  # type: ignore[no-any-return]
-        budgets = np.full(gates.size, min(streaming, request.budget))
-        left = request.budget * gates.size - int(budgets.sum())
-        for head in np.argsort(-gates.flatten(), kind="stable"):
-            extra = min(left, seq_len - int(budgets[head]))
-            budgets[head] += extra
-            left -= extra
-        return budgets.reshape(gates.shape).tolist()  # type: ignore[no-any-return]
+        return filled_heads(gates, request.budget, streaming, seq_len).tolist()  # type: ignore[no-any-return]
+
+
+def filled_heads(gates: Float, budget: int, streaming: int, seq_len: int) -> NDArray[np.int64]:
+    """Fill heads up by falling gate until the mean is `budget`, (L, H); the others keep `streaming` entries."""
+    budgets = np.full(gates.size, min(streaming, budget))
+    left = budget * gates.size - int(budgets.sum())
+    for head in np.argsort(-gates.flatten(), kind="stable"):
+        extra = min(left, seq_len - int(budgets[head]))
+        budgets[head] += extra
+        left -= extra
+    return budgets.reshape(gates.shape)
 
 
 def full_heads(gates: Float, sparsity: float) -> NDArray[np.bool_]:
@@ -282,6 +312,13 @@ class KindWindows(Allocator):
 
     def needs(self) -> tuple[str, ...]:
         return ()
+
+    def budget_shape(self) -> BudgetShape:
+        return "uniform" if self.uniform else "kinds"
+
+    def head_kinds(self, views: Sequence[LayerView]) -> list[list[int]] | None:
+        # Heads whose windows are equal are one kind, whatever they are called.
+        return None if self.uniform else self._of(views).astype(np.int64).tolist()
 
     @property
     def uniform(self) -> bool:

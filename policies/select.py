@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import ConfigError, KvtoolError
-from kvtool.policies.base import LayerView, Policy, Request
+from kvtool.policies.base import LayerView, Memo, Policy, Request
 from kvtool.policies.shares import share
 from kvtool.policies.statistics import AttentionInputs, Rope, compute_statistics
 
@@ -78,7 +78,9 @@ def refuse_impossible(policies: Sequence[Policy], seq_lens: Sequence[int]) -> No
         raise first
 
 
-def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Tensor]) -> list[list[int]]:
+def kept_counts(
+    policy: Policy, views: Sequence[LayerView], scores: Sequence[Tensor], memo: Memo | None = None
+) -> list[list[int]]:
     """Return how many prompt entries every (layer, KV head) keeps; slots of a compensation are not among them.
 
     Parameters
@@ -87,6 +89,8 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
     views : sequence of LayerView
     scores : sequence of Tensor
         What the policy's scorer gave each view.
+    memo : Memo, optional
+        Of the same views and scores: what one budget has worked out is used by the next.
 
     Raises
     ------
@@ -96,7 +100,8 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
         The allocator breaks its contract.
     """
     parts, seq_len = policy.method.parts(), views[0].seq_len
-    request = Request(policy.entries(seq_len), policy.minimum(seq_len), parts.selector, implied=policy.budget is None)
+    implied, least = policy.budget is None, policy.minimum(seq_len)
+    request = Request(policy.entries(seq_len, least), least, parts.selector, implied, memo or Memo())
     if policy.budget is not None and request.budget >= seq_len:
         # A budget for everything drops nothing, whatever a method's rule would do with it.
         return [[seq_len] * view.n_kv_heads for view in views]
@@ -112,8 +117,10 @@ def kept_counts(policy: Policy, views: Sequence[LayerView], scores: Sequence[Ten
         raise KvtoolError(
             f"policy {policy}: its allocator gave {sum(flat)} entries, {request.budget * len(flat)} were asked for"
         )
-    if any(not min(request.minimum, seq_len) <= n <= seq_len for n in flat):
+    if min(flat) < min(request.minimum, seq_len) or max(flat) > seq_len:
         raise KvtoolError(f"policy {policy}: its allocator left the range {request.minimum} ... {seq_len} of a head's budget")
+    if not policy.compensation.takes_slots:
+        return budgets
     # A gated head gets no representatives, so that its slots go back to real entries.
     return [
         [

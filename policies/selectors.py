@@ -53,23 +53,20 @@ class TwoStage(Selector):
 def _merge(base: Sequence[int], other: Sequence[int], first: float) -> list[int]:
     """Return the order whose first n elements are both stages' choice at budget n, for every n."""
     order: list[int] = []
-    taken = [False] * len(base)
+    taken = bytearray(len(base))
     n_safe = other_next = 0
-
-    def take(position: int) -> bool:
-        if taken[position]:
-            return False
-        taken[position] = True
-        order.append(position)
-        return True
-
     for n in range(1, len(base) + 1):
-        grown = int(n * first) > n_safe
-        if grown:
+        if int(n * first) > n_safe:
+            position = base[n_safe]
             n_safe += 1
+            if not taken[position]:
+                taken[position] = 1
+                order.append(position)
+                continue
         # What the first stage chooses may be there already; then the second stage's list moves on instead.
-        if grown and take(base[n_safe - 1]):
-            continue
-        while not take(other[other_next]):
+        while taken[other[other_next]]:
             other_next += 1
+        position = other[other_next]
+        taken[position] = 1
+        order.append(position)
     return order

@@ -1,21 +1,27 @@
-"""Make a plan from a capture: the harm curve of every head under one scorer, averaged over the captured prompts."""
+"""Make plans from a capture: harm curves of every head under one scorer, or the budgets that a policy gives, both averaged over prompts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvtool.errors import ConfigError, DataError
-from kvtool.policies import Policy
-from kvtool.policies.planfile import Plan, write_plan
+from kvtool.policies import Budget, Policy, kept_counts
+from kvtool.policies.budgetfile import BudgetPlan, Levels, make_plan, read_budgets
+from kvtool.policies.headfile import check_heads
+from kvtool.policies.planfile import Plan, read_plan, write_plan
+from kvtool.policies.shares import share
+from kvtool.policies.text import method_key
+from kvtool.policies.when import When
 from kvtool.progress import track
 from kvtool.simulate.curves import head_harm
 from kvtool.simulate.evaluate import sample_table
 
 if TYPE_CHECKING:
-    from kvtool.capture.reader import CapturedSample
+    from kvtool.capture.reader import Capture, CapturedSample
 
 #: Shares of the unprotected entries at which harm is measured: nothing, then finer where curves bend.
 FREE_SHARES = np.concatenate([[0.0], np.geomspace(0.001, 1.0, 64)])
@@ -32,14 +38,22 @@ def sample_curves(sample: CapturedSample, policy: Policy) -> np.ndarray:
 
 
 def export_plan(capture_path: str | Path, scorer: str, out: str | Path) -> Plan:
-    """Measure the harm curves of a capture and write them as a plan.
+    """Measure the harm curves of a capture and write them as a plan; see `measure_plan`."""
+    plan = measure_plan(capture_path, scorer, str(out))
+    write_plan(Path(out), plan)
+    return plan
+
+
+def measure_plan(capture_path: str | Path, scorer: str, path: str = "") -> Plan:
+    """Measure the harm curves of a capture.
 
     Parameters
     ----------
     capture_path : path
     scorer : str
         Method that ranks and protects, text form without a budget, e.g. ``"snapkv:window=8,kernel=11"``. Its own budgets play no part.
-    out : path
+    path : str
+        Of the plan, for messages.
 
     Raises
     ------
@@ -56,32 +70,121 @@ def export_plan(capture_path: str | Path, scorer: str, out: str | Path) -> Plan:
     if policy.method.simulate_only:
         raise ConfigError(f"scorer {scorer!r} looks into the future; no real run can follow such a plan")
     with open_capture(capture_path) as capture:
-        samples = [sample for sample in capture.samples if sample.n_probe]
-        masks = {sample.compressible for sample in samples}
-        if len(masks) != 1 or not any(next(iter(masks))):
-            raise DataError(
-                f"capture {capture_path} has no prompts with probes, or prompts that differ in which layers can be compressed; "
-                "capture prompts of one length with answers of several tokens"
-            )
+        samples = _usable(capture, probes=True)
         mean: np.ndarray | None = None
         for sample in track(samples, len(samples), "plan"):
             found = sample_curves(sample, policy) / len(samples)
             mean = found if mean is None else mean + found
         assert mean is not None
-        model = capture.model
-        plan = Plan(
-            path=str(out),
+        return Plan(
+            path=path,
             scorer=scorer,
             protected=policy.method.parts().selector.protected,
             free_shares=FREE_SHARES,
             harm=mean,
-            layers=tuple(int(layer) for layer in np.flatnonzero(next(iter(masks)))),
-            model={key: getattr(model, key) for key in ("model_id", "fingerprint", "n_layers", "n_kv_heads")},
-            source={
-                **{key: capture.config.get(key) for key in ("task", "n", "length", "seed")},
-                "compress_at": samples[0].compress_at,
-                "prompts": len(samples),
-            },
+            layers=_layers(samples[0]),
+            model=_model(capture),
+            source=_source(capture, samples),
         )
-    write_plan(Path(out), plan)
-    return plan
+
+
+def policy_budgets(capture_path: str | Path, text: str, length: int | None = None) -> BudgetPlan:
+    """Return what a policy gives every head of a capture's prompts, averaged and put at one length.
+
+    Per head the share of the unprotected entries is averaged over prompts, whose lengths may differ.
+
+    Parameters
+    ----------
+    capture_path : path
+    text : str
+        Policy with its budget, e.g. ``"hace:heads=heads.json,budget=5%"``.
+    length : int, optional
+        Prompt length of the plan's entries; default: of the longest captured prompt.
+
+    Raises
+    ------
+    ConfigError
+        A policy without budgets of its own to hand on (``full``, a yardstick, one with options of the run), or whose budget does not hold
+        the protected entries.
+    DataError
+        A capture whose prompts differ in the layers that can be compressed, that lacks a statistic, or is of another model than the
+        policy's files.
+    """
+    from kvtool.capture.reader import open_capture
+
+    policy = Policy.parse(text)
+    _refuse_unplannable(policy)
+    with open_capture(capture_path) as capture:
+        check_heads([policy], capture.model)
+        samples = _usable(capture, probes=False)
+        length = length or max(sample.seq_len for sample in samples)
+        least = policy.minimum(length)
+        total = policy.entries(length)
+        shares = np.mean([_shares(sample, policy) for sample in track(samples, len(samples), "plan")], axis=0)
+        # Rules that miss the budget keep what they keep on average, the others exactly what was asked for.
+        exact = policy.exact
+        wanted = total * shares.size if exact else round(float((least + shares * (length - least)).sum()))
+        flat = share(wanted, (shares * (length - least)).flatten().tolist(), least, length)
+        values = np.asarray(flat, dtype=np.int64).reshape(1, *shares.shape)
+        budget = str(policy.budget) if exact else str(Budget(entries=max(2, round(float(values.mean())))))
+        model, source = _model(capture), _source(capture, samples)
+        layers = _layers(samples[0])
+    table = Levels((budget,), "entries", values, length)
+    return make_plan(scorer_text(policy), layers, table, model, {**source, "policy": str(policy)})
+
+
+def scorer_text(policy: Policy) -> str:
+    """Return the text form of what ranks under a policy, without budgets and without files: a plan stands alone."""
+    method = policy.method
+    if path := getattr(method, "plan", ""):
+        return read_plan(path).scorer
+    if path := getattr(method, "file", ""):
+        return read_budgets(path).scorer
+    if getattr(method, "heads", ""):
+        method = replace(method, heads="")  # type: ignore[call-arg]
+    return method_key(Policy(method, Budget.parse("100%")))
+
+
+def _refuse_unplannable(policy: Policy) -> None:
+    if policy.method.keeps_all:
+        raise ConfigError(f"policy {policy} keeps everything; there are no budgets to plan")
+    if policy.method.simulate_only:
+        raise ConfigError(f"policy {policy} looks into the future; no real run can follow such a plan")
+    if policy.compensation.active or policy.when != When():
+        raise ConfigError(
+            f"policy {policy}: a plan holds what is kept of a prompt; leave compensate=, decode=, positions= and chunk= out, "
+            "and give them to plan:file=... when you run it"
+        )
+
+
+def _shares(sample: CapturedSample, policy: Policy) -> np.ndarray:
+    """Return the share of the unprotected entries that each head keeps, (L, H)."""
+    parts, views = policy.method.parts(), sample.views()
+    counts = np.asarray(kept_counts(policy, views, [parts.scorer.score(view) for view in views]), dtype=np.float64)
+    least = min(policy.minimum(sample.seq_len), sample.seq_len)
+    return (counts - least) / (sample.seq_len - least) if least < sample.seq_len else np.ones_like(counts)
+
+
+def _usable(capture: Capture, *, probes: bool) -> list[CapturedSample]:
+    samples = [sample for sample in capture.samples if sample.n_probe or not probes]
+    masks = {sample.compressible for sample in samples}
+    if len(masks) != 1 or not any(next(iter(masks))):
+        what = "has no prompts with probes, or prompts that differ" if probes else "has prompts that differ"
+        raise DataError(
+            f"capture {capture.path} {what} in which layers can be compressed; capture prompts of one length"
+            + (" with answers of several tokens" if probes else "")
+        )
+    return samples
+
+
+def _layers(sample: CapturedSample) -> tuple[int, ...]:
+    return tuple(int(layer) for layer in np.flatnonzero(sample.compressible))
+
+
+def _model(capture: Capture) -> dict[str, Any]:
+    return {key: getattr(capture.model, key) for key in ("model_id", "fingerprint", "n_layers", "n_heads", "n_kv_heads")}
+
+
+def _source(capture: Capture, samples: list[CapturedSample]) -> dict[str, Any]:
+    facts = {key: capture.config.get(key) for key in ("task", "n", "length", "seed")}
+    return {**facts, "compress_at": samples[0].compress_at, "prompts": len(samples)}

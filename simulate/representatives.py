@@ -53,6 +53,11 @@ class Stand:
     gated: NDArray[np.bool_]
     seq_len: int
 
+    def layer(self, row: int) -> Stand:
+        """Return the same of one layer only."""
+        observed = None if self.observed is None else self.observed[row : row + 1]
+        return Stand(self.block, self.bias, observed, self.gated[row : row + 1], self.seq_len)
+
 
 def stand_of(policy: Policy, views: Sequence[LayerView]) -> Stand | None:
     """Return what a policy puts in the place of evicted entries; None for policies without representatives."""

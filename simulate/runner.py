@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvtool.calibration import read_calibration
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, config_hash, open_run, read_records, write_text
 from kvtool.policies import Policy, expand_policies, refuse_impossible
 from kvtool.policies.headfile import check_heads
 from kvtool.progress import say, track
-from kvtool.simulate.evaluate import Prediction, evaluate_sample
+from kvtool.simulate.evaluate import Prediction
 from kvtool.simulate.rank import Row, rank_rows, resample_weights
+from kvtool.simulate.workers import evaluate_samples
 
 if TYPE_CHECKING:
     from kvtool.capture.reader import Capture
     from kvtool.models import LoadedModel
 
 DEFAULT_BUDGETS = ("2%", "5%", "10%", "20%", "50%")
-#: rows of one budget that the command prints; shortlisted and impossible ones come on top
+#: rows of one budget that the command prints; the control and impossible ones come on top
 SHOWN = 10
 
 
@@ -47,6 +49,12 @@ class SimulateConfig:
         Bootstrap draws.
     seed : int
         Of the bootstrap.
+    calibration : str
+        File of `kvtool analyze calibrate`; the ranking then goes by the accuracy that it predicts.
+    shortlist_cap : int or None
+        At most so many configurations per budget on the shortlist; None: all that are not clearly dominated.
+    jobs : int
+        Processes; 0: one per core, see `kvtool.simulate.workers.evaluate_samples`. No part of the result.
     """
 
     capture: str
@@ -56,10 +64,13 @@ class SimulateConfig:
     refine: int = 0
     draws: int = 1000
     seed: int = 0
+    calibration: str = ""
+    shortlist_cap: int | None = None
+    jobs: int = 1
 
     def __post_init__(self) -> None:
-        for name, low in (("refine", 0), ("draws", 10)):
-            if getattr(self, name) < low:
+        for name, low in (("refine", 0), ("draws", 10), ("shortlist_cap", 1)):
+            if (value := getattr(self, name)) is not None and value < low:
                 raise ConfigError(f"simulate: {name}={getattr(self, name)} must be at least {low}")
 
 
@@ -72,6 +83,8 @@ class SimulateSummary:
     folder : Path
     n_samples, n_configurations, n_impossible, n_shortlisted, n_refined : int
     rows : tuple of Row
+    n_cut : int
+        Configurations that only the shortlist's cap left out.
     """
 
     folder: Path
@@ -81,15 +94,18 @@ class SimulateSummary:
     n_shortlisted: int
     n_refined: int
     rows: tuple[Row, ...]
+    n_cut: int = 0
 
     def text(self) -> str:
         """Return the table that the command prints: the best configurations of each budget."""
         from kvtool.textgrid import figure, grid
 
-        lines, places, remarks = [], Counter[str | None](), dict[str, int]()
+        calibrated = any(row.predicted is not None for row in self.rows)
+        lines, places, remarks, hidden = [], Counter[str | None](), dict[str, int](), 0
         for row in self.rows:
             places[row.budget] += 1
-            if places[row.budget] > SHOWN and row.status == "ok" and not row.shortlisted:
+            if places[row.budget] > SHOWN and row.status == "ok" and not (row.shortlisted and row.method.startswith("random")):
+                hidden += row.shortlisted
                 continue
             interval = "-" if row.harm is None else f"{row.harm_low:.2f}-{row.harm_high:.2f}"
             notes = [
@@ -111,11 +127,17 @@ class SimulateSummary:
                 mark,
                 figure(row.harm, 2),
             ]
-            lines.append([*cells, interval, figure(row.recall, 3), ", ".join(notes)])
-        table = grid(["policy", "kept", "rank", "short", "harm", "95 %", "recall", "note"], lines)
+            accuracy = (
+                "-" if row.predicted is None else f"{row.predicted:.2f} ({row.predicted_low:.2f}-{row.predicted_high:.2f})"
+            )
+            lines.append([*cells, interval, *([accuracy] * calibrated), figure(row.recall, 3), ", ".join(notes)])
+        header = ["policy", "kept", "rank", "short", "harm", "95 %", *(["accuracy"] * calibrated), "recall", "note"]
+        table = grid(header, lines)
         note = f"{self.n_configurations} configurations on {self.n_samples} prompts; {self.n_shortlisted} shortlisted (*)"
+        note += f", {self.n_cut} as close left out by the cap" if self.n_cut else ""
         note += f"; {self.n_impossible} impossible" if self.n_impossible else ""
-        note += f"; {len(self.rows) - len(lines)} more in ranking.jsonl" if len(lines) < len(self.rows) else ""
+        among = f" ({hidden} of them shortlisted)" if hidden else ""
+        note += f"; {len(self.rows) - len(lines)} more{among} in ranking.jsonl" if len(lines) < len(self.rows) else ""
         files = [str(self.folder / name) for name in ("ranking.jsonl", "shortlist.yaml", "ranking.png")]
         return "\n".join([table, "", note, *(f"({number}) {text}" for text, number in remarks.items()), *files])
 
@@ -143,6 +165,7 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
     from kvtool.simulate.shortlist import make_shortlist, write_shortlist
 
     folder, policies = Path(out), expand_policies(config.policies, config.budgets, heads=config.heads)
+    calibration = read_calibration(config.calibration) if config.calibration else None
     if config.refine and loaded is None:
         raise ConfigError("simulate: refining needs the captured model; give it, or refine=0")
     with open_capture(config.capture) as capture:
@@ -156,17 +179,21 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
         _check_statistics(capture, policies)
         identity = run_identity(config, capture, policies)
         open_run(folder, identity, {"capture": config.capture, **_versions()})
-        predictions = _predict(capture, policies, folder / "predictions.jsonl")
+        predictions = _predict(capture, policies, folder / "predictions.jsonl", config.jobs)
         weights = resample_weights(len(capture.samples), config.draws, config.seed)
-        rows = rank_rows(policies, predictions, capture.model, [sum(s.compressible) for s in capture.samples], weights)
-        entries = make_shortlist(rows, weights)
+        n_compressible = [sum(s.compressible) for s in capture.samples]
+        rows = rank_rows(policies, predictions, capture.model, n_compressible, weights, calibration)
+        shortlist = make_shortlist(rows, weights, config.shortlist_cap, calibration.gap_width if calibration else 0.0)
         n_refined = _refine(config, capture, loaded, rows, folder / "refined.jsonl") if loaded is not None else 0
         title = f"{capture.model.model_id}, {capture.config.get('task')}, {len(capture.samples)} prompts"
     write_text(folder / "ranking.jsonl", "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
-    write_shortlist(folder / "shortlist.yaml", entries, {"capture": identity["capture"], "run": config_hash(identity)})
+    write_shortlist(folder / "shortlist.yaml", shortlist, {"capture": identity["capture"], "run": config_hash(identity)})
     plot_ranking(rows, folder / "ranking.png", title)
     n_impossible = sum(row.status == "impossible" for row in rows)
-    return SimulateSummary(folder, len(predictions), len(rows), n_impossible, len(entries), n_refined, tuple(rows))
+    n_cut = sum(map(len, shortlist.cut.values()))
+    return SimulateSummary(
+        folder, len(predictions), len(rows), n_impossible, len(shortlist.entries), n_refined, tuple(rows), n_cut
+    )
 
 
 def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Policy]) -> dict[str, Any]:
@@ -186,6 +213,8 @@ def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Po
         "refine": config.refine,
         "draws": config.draws,
         "seed": config.seed,
+        **({"calibration": config_hash(asdict(read_calibration(config.calibration)))} if config.calibration else {}),
+        **({"shortlist_cap": config.shortlist_cap} if config.shortlist_cap else {}),
     }
 
 
@@ -214,12 +243,13 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("numpy", "torch")}
 
 
-def _predict(capture: Capture, policies: Sequence[Policy], path: Path) -> list[list[Prediction]]:
+def _predict(capture: Capture, policies: Sequence[Policy], path: Path, jobs: int) -> list[list[Prediction]]:
     """Predict every sample, one record each as it is done."""
     done = {record["sample"]: record["predictions"] for record in read_records(path)}
     left = [sample for sample in capture.samples if sample.id not in done]
-    for sample in track(left, len(capture.samples), "simulate", len(capture.samples) - len(left)):
-        record = {"sample": sample.id, "predictions": [p.to_json() for p in evaluate_sample(sample, policies)]}
+    work = evaluate_samples(capture, left, policies, jobs)
+    for sample, predictions in track(work, len(capture.samples), "simulate", len(capture.samples) - len(left)):
+        record = {"sample": sample.id, "predictions": [p.to_json() for p in predictions]}
         append_records(path, [record])
         done[sample.id] = record["predictions"]
     return [[Prediction(**p) for p in done[sample.id]] for sample in capture.samples]

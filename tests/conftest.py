@@ -133,7 +133,13 @@ def toy_budgets(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def build(n_layers: int, n_heads: int, n_kv_heads: int, fingerprint: str = "toy") -> Path:
         weights = np.random.default_rng(6).random(n_layers * n_kv_heads).tolist()
         entries = np.asarray(share(20 * len(weights), weights, 8, 100)).reshape(1, n_layers, n_kv_heads)
-        model = {"model_id": "toy", "fingerprint": fingerprint, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+        model = {
+            "model_id": "toy",
+            "fingerprint": fingerprint,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+        }
         path = tmp_path_factory.mktemp("budgets") / "budgets.json"
         table = Levels(("20%",), "entries", entries, 100)
         write_budgets(path, make_plan("snapkv:window=8,kernel=3", range(n_layers), table, model, {}))

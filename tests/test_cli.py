@@ -44,7 +44,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         ("simulate", out / "c.h5", "-r", "15%,40%", *heads, "--refine", "3", "-m", model_folder, *few, "-o", out / "sim"),
         ("infer", "-m", model_folder, *sample, "-r", "15%,40%", *heads, "-o", out / "run"),
         ("analyze", "report", out / "sim", out / "run", "-o", out / "report"),
-        ("analyze", "fidelity", out / "sim", out / "run", "--draws", "50", "-o", out / "fidelity"),
+        ("analyze", "fidelity", out / "sim", out / "run", "--draws", "50", "--order-level", "1", "-o", out / "fidelity"),
     ):
         result = run(*args)
         assert result.exit_code == 0, f"{args}: {result.output}"
@@ -64,7 +64,7 @@ def test_chain_leaves_its_files(chain: Path) -> None:
         assert (chain / name).stat().st_size > 0, name
     records = [json.loads(line) for line in (chain / "run/records.jsonl").read_text().splitlines()]
     # Three prompts are too few for a confidence of head kinds, so head_windows is left out.
-    left_out = {"head_windows", "optimal"}
+    left_out = {"head_windows", "optimal", "plan"}
     able = [n for n, cls in method_classes().items() if not (cls.simulate_only or cls.keeps_all or n in left_out)]
     assert len(records) == 3 * (1 + len(able) * 2)
     # DuoAttention's sink and recent entries are as many as the prompt's.
@@ -262,7 +262,7 @@ def test_policies_are_listed_with_what_they_need_and_can() -> None:
     for name, cls in method_classes().items():
         facts, method = policy_facts(name), cls()
         assert rows[name][1] == ("none" if cls.keeps_all else "optional" if cls.implies_budget else "needed")
-        assert rows[name][2] == ("file" if {"heads", "plan"} & set(cls.__dataclass_fields__) else "-")
+        assert rows[name][2] == ("file" if {"heads", "plan", "file"} & set(cls.__dataclass_fields__) else "-")
         if cls.keeps_all:
             continue
         try:

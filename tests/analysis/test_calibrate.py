@@ -71,7 +71,8 @@ def test_few_pairs_promise_less_and_give_the_largest_error() -> None:
     found = fit_calibration(pairs)
     assert found.level == 0.75
     left_out = [
-        np.abs(fit_calibration([p for p in pairs if p is not out]).predict(out.figures).mean(1) - out.real.mean(1)) for out in pairs
+        np.abs(fit_calibration([p for p in pairs if p is not out]).predict(out.figures).mean(1) - out.real.mean(1))
+        for out in pairs
     ]
     assert found.half_width == pytest.approx(np.max(left_out), abs=1e-6)
 
@@ -124,7 +125,7 @@ def folders(root: Path, seed: int, prompt_seed: int = 0) -> tuple[Path, Path]:
         root / "sim/ranking.jsonl",
         [
             {"policy": p, "budget": "10%", "retention": 0.1, "status": "ok", "degenerate": False,
-             "per_sample": {"harm": data.figures["head_harm"][i].tolist(), "recall": [0.5] * S, **{k: v[i].tolist() for k, v in data.figures.items()}}}
+             "per_sample": {"harm": [1.0] * S, "recall": [0.5] * S, **{k: v[i].tolist() for k, v in data.figures.items()}}}
             for i, p in enumerate(policies)
         ],
     )  # fmt: skip

@@ -12,7 +12,9 @@ from kvtool.data.tasks import load_task, sample_seed
 from kvtool.errors import ConfigError, DataError
 
 
-@pytest.mark.parametrize("spec", ["niah", "niah:kind=multikey,keys=4", "niah:kind=multivalue,values=3", "text:continue=9", "text:lead=7"])
+@pytest.mark.parametrize(
+    "spec", ["niah", "niah:kind=multikey,keys=4", "niah:kind=multivalue,values=3", "text:continue=9", "text:lead=7"]
+)
 def test_lengths_are_exact_and_samples_reproducible(spec: str, byte_tokenizer: Any) -> None:
     first, again = (load_task(spec, byte_tokenizer, n=3, length=900, seed=5) for _ in range(2))
     assert first == again

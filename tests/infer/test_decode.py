@@ -225,8 +225,8 @@ def evicting(options: str = "") -> list[Policy]:
     for name, cls in method_classes().items():
         names = {f.name for f in dataclasses.fields(cls)}
         small = "".join(f",{k}={v}" for k, v in {"window": 6, "sink": 2}.items() if k in names)
-        if cls.keeps_all or cls.simulate_only or {"heads", "plan"} & names:
-            continue  # those that need a heads file have a test of their own
+        if cls.keeps_all or cls.simulate_only or {"heads", "plan", "file"} & names:
+            continue  # those that need a file of the heads have a test of their own
         policy = Policy.parse(f"{name}:budget=20{small},decode=evict{options}")
         try:
             decoding_needs(policy)
@@ -657,7 +657,27 @@ def heads_file(folder: Path, n_layers: int = 2) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in method_classes().items() if "heads" in cls.__dataclass_fields__])
+def by_heads() -> list[str]:
+    """Methods that read a heads file; ``optimal`` needs a plan beside it."""
+    return [name for name, cls in method_classes().items() if "heads" in cls.__dataclass_fields__ and name != "optimal"]
+
+
+@pytest.mark.parametrize("budget", ["own", "20"])
+def test_capacity_is_never_exceeded_with_a_plan(
+    budget: str, random_model: Callable[..., Any], toy_budgets: Callable[..., Path]
+) -> None:
+    model = random_model("llama", num_hidden_layers=1, max_position_embeddings=4096)
+    cache = CompressedCache(f"plan:file={toy_budgets(1, 4, 2)},budget={budget},decode=evict", model)
+    forward(model, cache, tokens(0, 100))
+    limits = cache.entries()
+    # At the plan's own length its entries are the limits, however many tokens follow.
+    assert sum(n for layer in limits for n in layer[0]) == 40
+    for token in tokens(1, 300):
+        forward(model, cache, [token])
+        assert cache.entries() == limits
+
+
+@pytest.mark.parametrize("name", by_heads())
 def test_capacity_is_never_exceeded_with_head_budgets(name: str, random_model: Callable[..., Any], tmp_path: Path) -> None:
     model = random_model("llama", num_hidden_layers=1, max_position_embeddings=4096)
     names = method_classes()[name].__dataclass_fields__

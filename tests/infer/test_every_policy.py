@@ -23,10 +23,11 @@ def models(random_model: Callable[..., Any]) -> dict[str, Any]:
     return {kind: random_model("llama", num_key_value_heads=n) for kind, n in KV_HEADS.items()}
 
 
-def text(name: str, budget: str | int, heads: Path, plan: Path) -> str:
+def text(name: str, budget: str | int, heads: Path, plan: Path, budgets: Path) -> str:
     items = [f"budget={budget}", CLASSES[name].small]
-    items += [f"heads={heads}"] if "heads" in CLASSES[name].__dataclass_fields__ else []
+    items += [f"heads={heads}"] if "heads" in CLASSES[name].__dataclass_fields__ and name != "optimal" else []
     items += [f"plan={plan}"] if name == "optimal" else []
+    items += [f"file={budgets}"] if name == "plan" else []
     return f"{name}:" + ",".join(filter(None, items))
 
 
@@ -39,10 +40,15 @@ def run(model: Any, cache: Any, seq_len: int) -> list[int]:
 @pytest.mark.parametrize("kind", KV_HEADS)
 @pytest.mark.parametrize("name", NAMES)
 def test_real_inference(
-    name: str, kind: str, models: dict[str, Any], toy_heads: Callable[..., Path], toy_plan: Callable[..., Path]
+    name: str,
+    kind: str,
+    models: dict[str, Any],
+    toy_heads: Callable[..., Path],
+    toy_plan: Callable[..., Path],
+    toy_budgets: Callable[..., Path],
 ) -> None:
     model, n_kv = models[kind], KV_HEADS[kind]
-    heads = toy_heads(n_layers=2, n_heads=4, n_kv_heads=n_kv), toy_plan(n_layers=2, n_kv_heads=n_kv)
+    heads = toy_heads(2, 4, n_kv), toy_plan(n_layers=2, n_kv_heads=n_kv), toy_budgets(2, 4, n_kv)
     plain = run(model, None, T)
     policy = parse_policy(text(name, 40, *heads))
     # Full and oversized budgets give the plain model's text; so does a prompt shorter than every window.

@@ -54,12 +54,14 @@ def toy_views(seq_len: int = T, seed: int = 0, n_heads: int = Q, n_kv: int = H, 
 #: Files of head kinds and scores by number of KV heads, for methods that cannot do without.
 FILES: dict[int, Path] = {}
 PLANS: dict[int, Path] = {}
+BUDGET_FILES: dict[int, Path] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def head_files(toy_heads: Callable[..., Path], toy_plan: Callable[..., Path]) -> None:
+def head_files(toy_heads: Callable[..., Path], toy_plan: Callable[..., Path], toy_budgets: Callable[..., Path]) -> None:
     FILES.update({n_kv: toy_heads(n_layers=L, n_heads=Q, n_kv_heads=n_kv) for n_kv in (1, 2, 4)})
     PLANS.update({n_kv: toy_plan(n_layers=L, n_kv_heads=n_kv) for n_kv in (1, 2, 4)})
+    BUDGET_FILES.update({n_kv: toy_budgets(n_layers=L, n_heads=Q, n_kv_heads=n_kv) for n_kv in (1, 2, 4)})
 
 
 def text(name: str, budget: str | int, n_kv: int = H) -> str:
@@ -68,6 +70,7 @@ def text(name: str, budget: str | int, n_kv: int = H) -> str:
     # Importance comes from the views; kinds of heads are in files only.
     items += [f"heads={FILES[n_kv]}"] if name == "head_windows" else []
     items += [f"plan={PLANS[n_kv]}"] if name == "optimal" else []
+    items += [f"file={BUDGET_FILES[n_kv]}"] if name == "plan" else []
     return f"{name}:" + ",".join(filter(None, items))
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.errors import ConfigError, KvtoolError
@@ -61,6 +61,7 @@ def test_every_form_is_tried_and_belongs_to_a_method() -> None:
         assert any(re.fullmatch(pattern, name) for name in NAMES), pattern
 
 
+@settings(deadline=None)
 @given(sink=st.integers(0, 300), window=st.integers(0, 3000), heavy=st.integers(0, 5000), base=st.integers(1, 600))
 def test_any_numbers_round_trip(sink: int, window: int, heavy: int, base: int) -> None:
     names = [f"h2o_{sink}_{window}_{sink + window + heavy}", f"streaming_{sink}_{window}", f"A_window_{window}"]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.errors import ConfigError
+from kvtool.policies import shares
 from kvtool.policies.shares import share
 
 
@@ -62,3 +63,18 @@ def test_a_worked_example() -> None:
 def test_what_cannot_be_shared_is_refused(total: int, weights: list[float]) -> None:
     with pytest.raises(ConfigError):
         share(total, weights, 2, 10)
+
+
+@given(
+    weights=st.lists(st.one_of(st.floats(0, 1e6), st.integers(0, 4).map(float)), min_size=1, max_size=40),
+    low=st.integers(0, 9),
+    room=st.integers(0, 60),
+    part=st.floats(0, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_few_are_shared_as_many_are(weights: list[float], low: int, room: int, part: float) -> None:
+    total = low * len(weights) + round(part * room * len(weights))
+    with pytest.MonkeyPatch.context() as patch:
+        quick = share(total, weights, low, low + room)
+        patch.setattr(shares, "FEW", 0)
+        assert share(total, weights, low, low + room) == quick

@@ -18,13 +18,18 @@ NAMES = sorted(name for name, cls in CLASSES.items() if not cls.keeps_all)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_predictions(
-    name: str, llama_capture: tuple[Path, LoadedModel], toy_heads: Callable[..., Path], toy_plan: Callable[..., Path]
+    name: str,
+    llama_capture: tuple[Path, LoadedModel],
+    toy_heads: Callable[..., Path],
+    toy_plan: Callable[..., Path],
+    toy_budgets: Callable[..., Path],
 ) -> None:
     info = llama_capture[1].info
     heads = toy_heads(n_layers=info.n_layers, n_heads=info.n_heads, n_kv_heads=info.n_kv_heads)
     more = f",{CLASSES[name].small}" if CLASSES[name].small else ""
-    more += f",heads={heads}" if "heads" in CLASSES[name].__dataclass_fields__ else ""
+    more += f",heads={heads}" if "heads" in CLASSES[name].__dataclass_fields__ and name != "optimal" else ""
     more += f",plan={toy_plan(info.n_layers, info.n_kv_heads)}" if name == "optimal" else ""
+    more += f",file={toy_budgets(info.n_layers, info.n_heads, info.n_kv_heads)}" if name == "plan" else ""
     with open_capture(llama_capture[0]) as capture:
         sample = capture.samples[0]
         least = parse_policy(f"{name}:budget=100%{more}").minimum(sample.seq_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from kvtool.capture.reader import open_capture
 from kvtool.cli import cli
 from kvtool.errors import ConfigError, DataError
 from kvtool.models import LoadedModel
-from kvtool.policies import kept_positions, parse_policy
+from kvtool.policies import kept_counts, kept_positions, parse_policy
+from kvtool.policies.budgetfile import Levels, read_budgets, write_budgets
 from kvtool.policies.headfile import check_heads
 from kvtool.policies.planfile import Plan, read_plan, write_plan
+from kvtool.policies.rankone import CurveTable
+from kvtool.policies.shapes import SHAPES
 from kvtool.simulate.curves import curves, head_harm
 from kvtool.simulate.evaluate import evaluate_sample, sample_table
-from kvtool.simulate.plan import FREE_SHARES, export_plan, sample_curves
+from kvtool.simulate.plan import FREE_SHARES, export_plan, policy_budgets, sample_curves
 
 SCORER = "snapkv:window=8,kernel=3"
 
@@ -76,6 +80,63 @@ def test_budgets_beat_every_other_allocation_by_their_own_curves(plan: Plan, bud
         assert cost(best) <= cost(other) + 1e-9
     assert (by_layer == by_layer[:, :1]).all()
     assert cost(by_layer) <= cost(np.full_like(best, budget)) + 1e-9
+
+
+@pytest.mark.parametrize("budget", [12, 30, 80, 200])
+def test_shapes_hold_and_looser_ones_do_less_harm(plan: Plan, budget: int) -> None:
+    seq_len, minimum = 230, 8
+    entries, harm = plan.curves(seq_len, minimum)
+    table = CurveTable(entries, harm.transpose(1, 2, 0))
+    kinds = ((0, 1), (1, 1))
+    found = {shape: plan.budgets(budget, seq_len, minimum, shape, kinds) for shape in SHAPES}
+    for budgets in found.values():
+        assert budgets.sum() == budget * budgets.size
+        assert ((budgets >= minimum) & (budgets <= seq_len)).all()
+    assert (found["uniform"] == budget).all()
+    assert (found["layer"] == found["layer"][:, :1]).all()
+    assert (found["head"] == found["head"][:1]).all()
+    assert np.ptp(found["kinds"][np.asarray(kinds) == 1]) <= 1
+    assert (found["within"].sum(axis=1) == budget * found["within"].shape[1]).all()
+    harms = {shape: float(table.sum(budgets)) for shape, budgets in found.items()}
+    assert harms["rank1"] <= min(harms["layer"], harms["head"], harms["uniform"]) + 1e-9
+    # The second call comes from memory, and what it returned belongs to the caller.
+    found["rank1"][:] = 0
+    assert plan.budgets(budget, seq_len, minimum, "rank1").sum() == budget * found["rank1"].size
+
+
+def test_kinds_come_from_a_heads_file(plan: Plan, llama_capture: tuple[Path, LoadedModel], tmp_path: Path) -> None:
+    from kvtool.classify.runner import run_classify
+    from kvtool.policies import expand_policies
+
+    heads = tmp_path / "heads.json"
+    run_classify(llama_capture[0], heads)
+    value = json.loads(heads.read_text())
+    # Kinds as they might be: one head of each layer alone, the others alike.
+    for head in value["kv_heads"]:
+        head["kind"] = "gathering" if (head["layer"], head["head"]) == (1, 0) else "positional"
+    heads.write_text(json.dumps(value))
+    text = f"optimal:plan={plan.path},shape=kinds"
+    (policy,) = expand_policies([text], ["20%"], heads=str(heads))
+    assert f"heads={heads}" in str(policy)
+    (free,) = expand_policies([f"optimal:plan={plan.path}"], ["20%"], heads=str(heads))
+    assert "heads=" not in str(free)
+    check_heads([policy, free], llama_capture[1].info)
+    with open_capture(llama_capture[0]) as capture:
+        views = capture.samples[0].views()
+        counts = np.asarray([[len(p) for p in layer] for layer in kept_positions(policy, views)])
+    alike = counts[np.arange(counts.size).reshape(counts.shape) != counts.shape[1]]
+    assert np.ptp(alike) <= 1
+    assert policy.method.parts().allocator.budget_shape() == "kinds"
+    with pytest.raises(ConfigError, match="add heads=FILE"):
+        check_heads([parse_policy(f"{text},budget=20%")], llama_capture[1].info)
+    with pytest.raises(ConfigError, match="read with shape=kinds only"):
+        parse_policy(f"optimal:plan={plan.path},heads={heads},budget=20%")
+    with pytest.raises(ConfigError, match="shape"):
+        parse_policy(f"optimal:plan={plan.path},shape=round,budget=20%")
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({f"{layer}-{head}": [1.0] for layer in range(2) for head in range(4)}))
+    with pytest.raises(DataError, match="no kinds of heads"):
+        check_heads([parse_policy(f"{text},heads={scores},budget=20%")], llama_capture[1].info)
 
 
 def test_simulate_predicts_less_harm_than_uniform(plan: Plan, llama_capture: tuple[Path, LoadedModel]) -> None:
@@ -135,3 +196,83 @@ def test_commands(llama_capture: tuple[Path, LoadedModel], tmp_path: Path) -> No
     assert shown.exit_code == 0, shown.output
     budgets = np.asarray(json.loads(shown.output)["budgets"])
     assert budgets.sum() == 30 * budgets.size
+
+
+@pytest.mark.parametrize(
+    "text", ["cake:window=8,budget=20%", "adakv:window=8,budget=30%", "pyramidkv:window=8,rule=factory,budget=20%"]
+)
+def test_a_policys_budgets_are_their_mean_over_prompts(
+    text: str, llama_capture: tuple[Path, LoadedModel], tmp_path: Path
+) -> None:
+    policy, found = parse_policy(text), policy_budgets(llama_capture[0], text)
+    assert isinstance(found.table, Levels)
+    with open_capture(llama_capture[0]) as capture:
+        samples = [sample for sample in capture.samples if sample.seq_len == found.table.length]
+        counts = []
+        for sample in samples:
+            views = sample.views()
+            counts.append(kept_counts(policy, views, [policy.method.parts().scorer.score(view) for view in views]))
+        assert len(samples) == len(capture.samples)
+    mean = np.mean(counts, axis=0)
+    # Rounded to whole entries, and exact in total where the policy is.
+    assert np.abs(found.table.values[0] - mean).max() < 1
+    assert abs(float(found.table.values.sum()) - mean.sum()) <= 0.5
+    # One prompt alone: its plan keeps what the policy keeps.
+    write_budgets(tmp_path / "plan.json", found)
+    assert read_budgets(str(tmp_path / "plan.json")).source["policy"] == str(policy)
+    with open_capture(llama_capture[0]) as capture:
+        views = capture.samples[0].views()
+        kept = kept_positions(parse_policy(f"plan:file={tmp_path / 'plan.json'},budget=own"), views)
+        assert [[len(p) for p in layer] for layer in kept] == found.table.values[0].tolist()
+
+
+def test_plans_stand_alone(
+    llama_capture: tuple[Path, LoadedModel], plan: Plan, toy_heads: Callable[..., Path], tmp_path: Path
+) -> None:
+    info = llama_capture[1].info
+    heads = toy_heads(info.n_layers, info.n_heads, info.n_kv_heads, info.fingerprint)
+    by_heads = policy_budgets(llama_capture[0], f"hace:heads={heads},window=8,budget=20%")
+    assert by_heads.scorer == "hace:window=8"
+    by_curves = policy_budgets(llama_capture[0], f"optimal:plan={plan.path},budget=20%")
+    assert by_curves.scorer == SCORER
+    assert isinstance(by_curves.table, Levels)
+    least = plan.protected
+    assert (by_curves.table.values[0] == plan.budgets(round(0.2 * by_curves.table.length), by_curves.table.length, least)).all()
+    for text, match in (
+        ("full", "keeps everything"),
+        ("oracle:budget=5%", "looks into the future"),
+        ("snapkv:window=8,budget=20%,compensate=mean", "leave compensate=, decode="),
+        ("snapkv:window=8,budget=1%", "protected"),
+        (f"hace:heads={toy_heads(info.n_layers, info.n_heads, info.n_kv_heads, 'x')},budget=40%", "not of"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=match):
+            policy_budgets(llama_capture[0], text)
+
+
+def test_commands_of_fixed_budgets(llama_capture: tuple[Path, LoadedModel], tmp_path: Path) -> None:
+    def run(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(cli, ["plan", *map(str, arguments)])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    capture, curves_, fixed, array = llama_capture[0], tmp_path / "c.json", tmp_path / "f.json", tmp_path / "a.npy"
+    run("export", capture, "--scorer", SCORER, "-o", curves_)
+    run("export", curves_, "--budget", "20%", "--length", "500", "-o", fixed)
+    shown = json.loads(run("check", fixed, "--capture", capture, "--json"))
+    assert np.asarray(shown["budgets"]).mean() == 100
+    assert shown["checked"][0].endswith("the same model")
+    assert json.loads(run("check", curves_, "--length", "500", "-r", "20%", "--json"))["budgets"] == shown["budgets"]
+    direct = tmp_path / "d.json"
+    run("export", capture, "--scorer", SCORER, "--budget", "20%", "--length", "500", "-o", direct)
+    assert direct.read_bytes() == fixed.read_bytes()
+    run("export", curves_, "--format", "lukv", "--length", "500", "-o", array)
+    run("import", array, "--scorer", SCORER, "--capture", capture, "-o", tmp_path / "l.json")
+    assert (
+        json.loads(run("check", tmp_path / "l.json", "--length", "500", "-r", "20%", "--json"))["budgets"] == shown["budgets"]
+    )
+    run("export", tmp_path / "l.json", "--format", "lukv", "-o", tmp_path / "again.npy")
+    assert (tmp_path / "again.npy").read_bytes() == array.read_bytes()
+    assert "leave --budget out" in run("export", capture, "-p", "snapkv:budget=20%", "-b", "5%", code=2)
+    assert "is no capture" in run("export", fixed, "-p", "snapkv:budget=20%", code=2)
+    assert "add --scorer" in run("import", array, code=2)
+    assert "not both" in run("check", fixed, "--capture", capture, "--model", "tiny", code=2)

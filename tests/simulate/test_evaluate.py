@@ -1,0 +1,123 @@
+"""Large captures: probes layer by layer, statistics once, several processes; the figures stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtool.capture.reader import CapturedSample, open_capture
+from kvtool.errors import ConfigError
+from kvtool.models import LoadedModel
+from kvtool.policies import expand_policies, kept_counts, method_classes, parse_policy
+from kvtool.policies.base import Memo
+from kvtool.simulate import evaluate, workers
+from kvtool.simulate.curves import curves
+from kvtool.simulate.evaluate import KnownView, evaluate_sample, sample_table
+from kvtool.simulate.workers import evaluate_samples
+
+TEXTS = (
+    "snapkv:window=8",
+    "adakv:window=8",
+    "adakv:window=8,floor=0.5",
+    "adakv:window=8,normalize=true",
+    "adakv:window=8,rule=kvpress",
+    "cake:window=8",
+    "cake:window=8,tau1=2",
+    "cake:window=16",
+    "lava:window=8",
+    "lava:window=8,floor=0.2",
+    "hace-layer:window=8",
+    "pyramidkv:window=8",
+    "critical:window=8",
+    "h2o:window=8",
+    "tova",
+)
+BUDGETS = ("10%", "20%", "35%", "70%")
+
+
+def test_layer_by_layer_is_all_at_once(llama_capture: tuple[Path, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = expand_policies(TEXTS, BUDGETS)
+    with open_capture(llama_capture[0]) as capture:
+        sample = capture.samples[0]
+        table, views = sample_table(sample), sample.views()
+        expected = []
+        for policy in policies:
+            parts = policy.method.parts()
+            scores = [parts.scorer.score(view) for view in views]
+            orders = np.stack([parts.selector.order(score).numpy() for score in scores])
+            expected.append(curves(table, orders, np.asarray([kept_counts(policy, views, scores)])))
+        # Nothing may read the probes of all layers; batches of one group, and hardly any room for statistics.
+        monkeypatch.setattr(CapturedSample, "probes", lambda self: pytest.fail("the probes of all layers were read"))
+        monkeypatch.setattr(evaluate, "ORDER_BYTES", 1)
+        monkeypatch.setattr(evaluate, "KNOWN_BYTES", 1)
+        found = evaluate_sample(sample, policies)
+    for wanted, prediction in zip(expected, found, strict=True):
+        for name in ("harm", "margin_change", "layer_harm", "recall"):
+            assert getattr(prediction, name) == pytest.approx(float(getattr(wanted, name)[0]), rel=1e-12, abs=1e-12)
+
+
+def test_probes_of_a_layer_are_those_of_the_file(llama_capture: tuple[Path, LoadedModel]) -> None:
+    with open_capture(llama_capture[0]) as capture:
+        sample = capture.samples[0]
+        whole = sample.probes()
+        for layer in range(capture.model.n_layers):
+            for one, all_ in zip(
+                sample.layer_probes(layer), (whole.attention, whole.gain, whole.attention_own, whole.gain_own), strict=True
+            ):
+                assert (one == all_[layer]).all()
+
+
+def test_statistics_are_read_once(llama_capture: tuple[Path, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int]] = []
+    plain = CapturedSample.selection
+    monkeypatch.setattr(
+        CapturedSample, "selection", lambda self, name, layer: read.append((name, layer)) or plain(self, name, layer)
+    )
+    with open_capture(llama_capture[0]) as capture:
+        evaluate_sample(capture.samples[0], expand_policies(TEXTS, BUDGETS))
+        assert len(read) == len(set(read))
+        known: dict = {}
+        view = KnownView(capture.samples[0].views()[0], known)
+        monkeypatch.setattr(evaluate, "KNOWN_BYTES", view.statistic("last").nbytes)
+        view.statistic("accumulated")
+        assert list(known) == [(0, "accumulated")]
+
+
+@pytest.mark.parametrize("name", sorted(method_classes()))
+def test_what_is_remembered_changes_nothing(name: str, llama_capture: tuple[Path, LoadedModel]) -> None:
+    cls = method_classes()[name]
+    if cls.keeps_all or {"heads", "plan", "file"} & set(cls.__dataclass_fields__):
+        pytest.skip("needs no budgets, or a file")
+    texts = [text for text in TEXTS if text.split(":")[0] == name] or [f"{name}:{cls.small}" if cls.small else name]
+    with open_capture(llama_capture[0]) as capture:
+        views = capture.samples[0].views()
+        facts: dict = {}
+        for text in texts:
+            policies = [parse_policy(f"{text}{',' if ':' in text else ':'}budget={b}") for b in ("40%", "60%", "80%", "60%")]
+            scores = [policies[0].method.parts().scorer.score(view) for view in views]
+            memo = Memo(facts)
+            for policy in policies:
+                assert kept_counts(policy, views, scores, memo) == kept_counts(policy, views, scores)
+
+
+def test_processes_predict_the_same(llama_capture: tuple[Path, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = expand_policies(("snapkv:window=8", "cake:window=8"), BUDGETS)
+    with open_capture(llama_capture[0]) as capture:
+        plain = [found for _, found in evaluate_samples(capture, capture.samples, policies, 1)]
+        monkeypatch.setattr(workers, "WORTH", 1)
+        # Only what is left of an interrupted run, in its order.
+        found = list(evaluate_samples(capture, capture.samples[1:], policies, 2))
+        assert [sample.id for sample, _ in found] == [sample.id for sample in capture.samples[1:]]
+        assert [predictions for _, predictions in found] == plain[1:]
+        with pytest.raises(ConfigError, match="jobs=-1"):
+            list(evaluate_samples(capture, capture.samples, policies, -1))
+
+
+def test_small_requests_stay_in_one_process(llama_capture: tuple[Path, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *_: pytest.fail("processes were started"))
+    with open_capture(llama_capture[0]) as capture:
+        assert len(list(evaluate_samples(capture, capture.samples, expand_policies(("tova",), BUDGETS), 0))) == len(
+            capture.samples
+        )
