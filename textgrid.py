@@ -1,4 +1,4 @@
-"""Aligned plain-text tables for the terminal."""
+"""Tables as text: aligned for the terminal, and as Markdown."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def markdown_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the table as Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def figure(value: float | None, digits: int = 3) -> str:

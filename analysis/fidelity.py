@@ -153,7 +153,6 @@ def measure_agreement(cells: Sequence[Cell], truth: str, draws: int, seed: int, 
     names = [name for name in PREDICTORS if any(name in found for found in measured)]
     of = {name: [found[name] for found in measured if name in found] for name in names}
     taus = {name: nan_mean(np.stack([m.tau for m in of[name]])) for name in names}
-    pairs = [_resolved_pairs(cell.real[truth], w[1]) for cell, w in zip(ordered, drawn_weights, strict=True)]
     return Agreement(
         truth=truth,
         n_cells=len(ordered),
@@ -165,7 +164,7 @@ def measure_agreement(cells: Sequence[Cell], truth: str, draws: int, seed: int, 
         n_cells_of={name: len(of[name]) for name in names},
         advantage={name: _interval(_over_recall(measured, name)) for name in names if name != "recall"},
         resolved={name: _interval(_share_right(of[name])) for name in names},
-        n_resolved=sum(len(sign) for *_, sign in pairs),
+        n_resolved=sum(next(iter(found.values())).right.shape[1] for found in measured),
         regret={n: {f"top{k}": _interval(nan_mean(np.stack([m.regret[k] for m in of[n]]))) for k in TOPS} for n in names},
         as_good={n: {f"top{k}": float(np.mean([m.as_good[k] for m in of[n]])) for k in TOPS} for n in names},
         tied_best_recall={
@@ -207,8 +206,8 @@ def perfect_tau(half: float) -> float:
     extends it from half to all samples, and its root is the correlation of the truth with what all samples show.
     """
     r = float(np.sin(np.pi / 2 * half))
-    if not r > 0:
-        return 0.0 if r <= 0 else float("nan")
+    if r <= 0:
+        return 0.0
     return float(2 / np.pi * np.arcsin(np.sqrt(2 * r / (1 + r))))
 
 

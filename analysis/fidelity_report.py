@@ -15,7 +15,7 @@ from kvtool.analysis.load import load_reality, load_simulation
 from kvtool.calibration import Calibration, read_calibration
 from kvtool.errors import DataError
 from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid
+from kvtool.textgrid import grid, markdown_grid
 
 #: real figures whose agreement the command prints; the files hold all
 SHOWN = ("answer_accuracy", "score", "answer_nll")
@@ -88,9 +88,9 @@ class FidelitySummary:
         """Return the agreement, then the tau of every budget, as Markdown."""
         parts = ["# Fidelity", "\n".join(f"- {note}" for note in self.notes())]
         for a in self.agreements:
-            parts += [f"## {a.truth}", headline(a), _markdown(*agreement_table(a, wide=True))]
+            parts += [f"## {a.truth}", headline(a), markdown_grid(*agreement_table(a, wide=True))]
         for a in self.agreements:
-            parts += [f"## By budget: {a.truth}", _markdown(*cell_table(a))]
+            parts += [f"## By budget: {a.truth}", markdown_grid(*cell_table(a))]
         return "\n\n".join(parts) + "\n"
 
     def notes(self) -> list[str]:
@@ -160,10 +160,6 @@ def cell_table(agreement: Agreement) -> Table:
         for c in agreement.cells
     ]
     return header, rows
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def measure_all(cells: list[Cell], draws: int, seed: int, order_level: float = ORDER_LEVEL) -> tuple[Agreement, ...]:

@@ -27,7 +27,7 @@ from kvtool.analysis.importance import (
 )
 from kvtool.analysis.statistics import Interval, percentile_interval
 from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid
+from kvtool.textgrid import grid, markdown_grid
 
 SCHEMA = "kvtool.importance/1"
 NAMES = {"kv_heads": "KV heads", "heads": "query heads"}
@@ -95,10 +95,10 @@ class ImportanceSummary:
         """Return both levels as Markdown."""
         parts = ["# Importance of heads", "\n".join(f"- {note}" for note in self.notes)]
         for level in LEVELS:
-            parts += [f"## Agreement over {NAMES[level]}", _markdown(*pair_table(self.pairs[level], self.n_top[level]))]
-            parts += [f"## Most important {NAMES[level]}", _markdown(*head_table(self.rows, level, 2 * SHOWN))]
+            parts += [f"## Agreement over {NAMES[level]}", markdown_grid(*pair_table(self.pairs[level], self.n_top[level]))]
+            parts += [f"## Most important {NAMES[level]}", markdown_grid(*head_table(self.rows, level, 2 * SHOWN))]
         if self.changed:
-            parts += ["## Under compression (HIV)", _markdown(*change_table(self.changed, LEVELS))]
+            parts += ["## Under compression (HIV)", markdown_grid(*change_table(self.changed, LEVELS))]
             parts += ["\n".join(f"- {row.message}" for row in self.changed if row.message)]
         parts = [part for part in parts if part]
         return "\n\n".join(parts) + "\n"
@@ -292,8 +292,3 @@ def _csv(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([header, *lines])
     return buffer.getvalue()
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

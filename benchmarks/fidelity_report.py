@@ -26,6 +26,7 @@ from kvtool.analysis.fidelity_report import agreement_table, cell_table, headlin
 from kvtool.analysis.load import load_reality, load_simulation
 from kvtool.calibration import Calibration, read_calibration
 from kvtool.errors import DataError
+from kvtool.textgrid import markdown_grid
 
 RESULT = Path(__file__).parent / "results" / "fidelity"
 TRUTHS = ("answer_accuracy", "answer_nll")
@@ -95,14 +96,9 @@ def report(work: Path) -> tuple[str, dict[str, Any]]:
                 parts.append(f"{truth}: {error}")
                 continue
             value[f"{label}, {truth}"] = asdict(agreement)
-            parts += [f"### {headline(agreement)}", markdown(*agreement_table(agreement, wide=True))]
-            parts.append(f"<details><summary>every budget</summary>\n\n{markdown(*cell_table(agreement))}\n\n</details>")
+            parts += [f"### {headline(agreement)}", markdown_grid(*agreement_table(agreement, wide=True))]
+            parts.append(f"<details><summary>every budget</summary>\n\n{markdown_grid(*cell_table(agreement))}\n\n</details>")
     return "\n\n".join(parts), value
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def main() -> None:

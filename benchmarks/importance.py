@@ -29,6 +29,7 @@ from kvtool.simulate.importance import ABLATION, RECORDS, CutConfig, run_ablatio
 from kvtool.simulate.plan import export_plan
 from kvtool.simulate.rank import Row
 from kvtool.simulate.runner import SimulateConfig, run_simulate
+from kvtool.textgrid import markdown_grid
 from policies import interval
 
 RESULT = Path(__file__).parent / "results" / "importance"
@@ -117,10 +118,6 @@ def table(rows: list[dict[str, Any]], budget: str) -> str:
     return "\n".join(lines)
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines])
-
-
 def main() -> None:
     work = Path(sys.argv[1] if len(sys.argv) > 1 else "build/importance")
     work.mkdir(parents=True, exist_ok=True)
@@ -146,7 +143,7 @@ def main() -> None:
     text += f"keeps the first {SINK} and the last {WINDOW} entries. Accuracy: answer tokens right in exact masked forwards.\n"
     for budget in BUDGETS:
         text += f"\n## {budget} of the entries kept\n\n{table(rows, budget)}\n"
-    text += f"\n## Agreement over KV heads\n\n{markdown(*agreement)}\n"
+    text += f"\n## Agreement over KV heads\n\n{markdown_grid(*agreement)}\n"
     RESULT.with_suffix(".md").write_text(text)
     print(text)
 

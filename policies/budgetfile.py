@@ -8,7 +8,6 @@ Shapes: N levels, L planned layers, Q query heads, H KV heads, T prompt position
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import write_json
 from kvtool.policies.budget import Budget
+from kvtool.policies.planfile import load_json, stamp
 
 SCHEMA = "kvtool.budgets/1"
 HOW = "make one with kvtool plan export --budget or kvtool plan import"
@@ -324,19 +324,12 @@ def read_budgets(path: str) -> BudgetPlan:
     DataError
         Missing, damaged, or of another schema.
     """
-    try:
-        stat = Path(path).stat()
-    except OSError as error:
-        raise DataError(f"plan {path} not found; {HOW}") from error
-    return _read(path, stat.st_mtime_ns, stat.st_size)
+    return _read(path, *stamp(path, HOW))
 
 
 @lru_cache(maxsize=16)
 def _read(path: str, mtime: int, size: int) -> BudgetPlan:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"plan {path} cannot be read ({' '.join(str(error).split())[:120]}); {HOW}") from error
+    value = load_json(path, HOW)
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema == "kvtool.plan/1":
         raise DataError(

@@ -113,6 +113,35 @@ def _budgets(
     return shaped_budgets(*plan.curves(seq_len, minimum), total, shape, None if kinds is None else np.asarray(kinds))
 
 
+def stamp(path: str, how: str) -> tuple[int, int]:
+    """Return time and size of a plan file, by which one that was read before is known again; `how` says how to make one.
+
+    Raises
+    ------
+    DataError
+        Missing.
+    """
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise DataError(f"plan {path} not found; {how}") from error
+    return stat.st_mtime_ns, stat.st_size
+
+
+def load_json(path: str, how: str) -> Any:
+    """Return the JSON value of a plan file; `how` says how to make one.
+
+    Raises
+    ------
+    DataError
+        It cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"plan {path} cannot be read ({' '.join(str(error).split())[:120]}); {how}") from error
+
+
 def write_plan(path: Path, plan: Plan) -> None:
     """Write a plan atomically; `read_plan` gives the same figures back."""
     value = {"schema": SCHEMA, **asdict(plan)}
@@ -129,19 +158,12 @@ def read_plan(path: str) -> Plan:
     DataError
         Missing, damaged, or of another schema.
     """
-    try:
-        stat = Path(path).stat()
-    except OSError as error:
-        raise DataError(f"plan {path} not found; {HOW}") from error
-    return _read(path, stat.st_mtime_ns, stat.st_size)
+    return _read(path, *stamp(path, HOW))
 
 
 @lru_cache(maxsize=16)
 def _read(path: str, mtime: int, size: int) -> Plan:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"plan {path} cannot be read ({' '.join(str(error).split())[:120]}); {HOW}") from error
+    value = load_json(path, HOW)
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise DataError(f"{path} is no plan (schema {SCHEMA!r} is needed); {HOW}")
     try:
