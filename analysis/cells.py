@@ -15,8 +15,8 @@ from kvtool.analysis.load import Float, Reality, Simulation, check_belongs
 if TYPE_CHECKING:
     from kvtool.calibration import Calibration
 
-#: predictor -> sign that makes larger better; "calibrated" only with a calibration, "refined_nll" only where every configuration of
-#: the cell was refined
+#: predictor -> sign that makes larger better; "calibrated" only with a calibration, refined figures only where every configuration
+#: of the cell was refined
 PREDICTORS = {
     "calibrated": 1.0,
     "harm": -1.0,
@@ -26,6 +26,7 @@ PREDICTORS = {
     "recall": 1.0,
     "retention": 1.0,
     "refined_nll": -1.0,
+    "refined_accuracy": 1.0,
 }
 #: real figure -> sign that makes larger better
 TRUTHS = {"answer_accuracy": 1.0, "answer_exact": 1.0, "score": 1.0, "answer_nll": -1.0, "answer_margin": 1.0}
@@ -188,7 +189,8 @@ def _predicted(rows: list[dict[str, Any]], calibration: Calibration | None) -> d
     if calibration is not None:
         figures["calibrated"] = calibration.predict(figures)
     if all(row.get("refined") for row in rows):
-        figures["refined_nll"] = np.asarray([row["refined"]["per_sample"]["nll"] for row in rows], dtype=np.float64)
+        for name in ("nll", "accuracy"):
+            figures[f"refined_{name}"] = np.asarray([row["refined"]["per_sample"][name] for row in rows], dtype=np.float64)
     return {name: PREDICTORS[name] * _without_gaps(figures[name]) for name in PREDICTORS if name in figures}
 
 

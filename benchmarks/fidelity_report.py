@@ -31,6 +31,11 @@ from kvtool.textgrid import markdown_grid
 RESULT = Path(__file__).parent / "results" / "fidelity"
 TRUTHS = ("answer_accuracy", "answer_nll")
 DRAWS = 1000
+LABELS = {
+    "same": "capture of the prompts that are judged",
+    "other": "capture of 32 other prompts",
+    "refined": "the same 32 other prompts, every configuration refined by masked forwards",
+}
 
 
 def finished(work: Path, label: str) -> dict[str, list[tuple[Path, Path]]]:
@@ -80,7 +85,7 @@ def coverage(cells: list[Any], pairs: dict[str, list[tuple[Path, Path]]], fitted
 def report(work: Path) -> tuple[str, dict[str, Any]]:
     """Return Markdown and figures of one model."""
     parts, value = [f"# {work.name}"], dict[str, Any]()
-    for label, words in (("same", "capture of the prompts that are judged"), ("other", "capture of 32 other prompts")):
+    for label, words in LABELS.items():
         pairs = finished(work, label)
         if not pairs:
             continue
@@ -98,7 +103,16 @@ def report(work: Path) -> tuple[str, dict[str, Any]]:
             value[f"{label}, {truth}"] = asdict(agreement)
             parts += [f"### {headline(agreement)}", markdown_grid(*agreement_table(agreement, wide=True))]
             parts.append(f"<details><summary>every budget</summary>\n\n{markdown_grid(*cell_table(agreement))}\n\n</details>")
+    parts += [exactness(work)]
     return "\n\n".join(parts), value
+
+
+def exactness(work: Path) -> str:
+    """Return how far masked forwards are from the real cache on the judged prompts."""
+    found = [json.loads(path.read_text()) for path in sorted(work.glob("*/exact.json"))]
+    worst = {name: max(cell["worst"][name] for cell in found) for name in ("nll", "margin", "accuracy")} if found else {}
+    words = ", ".join(f"{name} {value:.1e}" for name, value in worst.items()) or "not measured"
+    return f"## masked forwards against the real cache\n\n{sum(c['units'] for c in found)} units: largest difference {words}"
 
 
 def main() -> None:

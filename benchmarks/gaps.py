@@ -172,7 +172,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     heads = work / "heads.json"
-    run_classify(captured(work, "prompt", PLAN_SEED), heads)
+    run_classify(captured(work, "prompt", PLAN_SEED), heads, importance="gain")
     results: dict[str, Any] = {}
     text = (
         f"`python benchmarks/gaps.py`: embedded model, niah, {PROMPTS} prompts of {LENGTH} tokens (seed {SEED}); plans and heads from "

@@ -2,7 +2,8 @@
 
     python benchmarks/heads.py [WORK_FOLDER]
 
-Embedded model. Sets of 16 prompts are drawn at random from each capture's prompts, two disjoint ones at a time. Resumes when interrupted.
+Embedded model. Sets of 16 prompts are drawn at random from each capture's prompts, two disjoint ones at a time; half of the prompts
+were run with their blocks permuted, as in a capture of 16 prompts by default. Resumes when interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from kvtool.capture.reader import open_capture
 from kvtool.capture.runner import CaptureConfig, run_capture
-from kvtool.classify.confidence import Pairs, calibration_error, reliability, split_pairs
+from kvtool.classify.confidence import SURE_FROM, Pairs, calibration_error, reliability, split_pairs
 from kvtool.classify.conformal import set_coverage
 from kvtool.classify.features import HeadTable, head_table
 from kvtool.classify.kinds import KINDS, kinds_of_all
@@ -31,10 +32,12 @@ from kvtool.models import LoadedModel, load_model
 
 RESULT = Path(__file__).parent / "results" / "heads"
 SET, SPLITS, DRAWS = 16, 200, 200
+#: set sizes for the stability
+SIZES = (8, 16, 32)
 #: label -> task, prompts, length in tokens, seed
 DATA: dict[str, tuple[str, int, int, int]] = {
-    "niah": ("niah", 48, 1024, 0),
-    "multikey": ("niah:kind=multikey,keys=8", 32, 1024, 1),
+    "niah": ("niah", 64, 1024, 0),
+    "multikey": ("niah:kind=multikey,keys=8", 64, 1024, 1),
     "text": ("text", 32, 1024, 2),
     "niah, 512 tokens": ("niah", 32, 512, 3),
 }
@@ -44,7 +47,7 @@ def table_of(loaded: LoadedModel, work: Path, label: str) -> HeadTable:
     """Capture one row of `DATA`, with a single selection statistic: the head features are what is asked for here."""
     task, n, length, seed = DATA[label]
     path = work / f"{label.replace(', ', '_').replace(' ', '_')}.h5"
-    config = CaptureConfig(task, "tiny", n, length, seed, statistics=("last",))
+    config = CaptureConfig(task, "tiny", n, length, seed, statistics=("last",), permute=n // 2)
     run_capture(config, loaded, load_task(task, loaded.tokenizer, n, length, seed), path)
     with open_capture(path) as capture:
         return head_table(list(capture.samples))
@@ -57,7 +60,9 @@ def calibration(table: HeadTable, rng: np.random.Generator) -> tuple[dict[str, A
     assert pairs is not None
     assert plain is not None
     judged, _ = reliability(pairs, SET, rng)
+    sure = pairs.confidence >= SURE_FROM
     found = {**asdict(judged), "ece_whole_draws": calibration_error(plain.confidence, plain.agrees)}
+    found |= {"sure": float(sure.mean()), "same_if_sure": float(pairs.agrees[sure].mean())}
     return found, pairs, judged
 
 
@@ -96,6 +101,11 @@ def measure(tables: dict[str, HeadTable]) -> tuple[dict[str, Any], dict[str, Any
             "counts": {kind: int((kinds == k).sum()) for k, kind in enumerate(KINDS)},
             "reliability": figures,
             "stability": asdict(stable),
+            "ari_by_size": {
+                size: [half.ari, half.ari_low, half.ari_high]
+                for size in SIZES
+                if 2 * size <= table.n_prompts and (half := halves(table, rng, SPLITS, size)) is not None
+            },
             "coverage": asdict(cover),
             "clusters": asdict(found),
         }
@@ -107,9 +117,9 @@ def measure(tables: dict[str, HeadTable]) -> tuple[dict[str, Any], dict[str, Any
 def markdown(found: dict[str, Any]) -> str:
     """Return the tables."""
     lines = [
-        "| prompts | kinds | ECE | confidence < 0.99 | drawing whole sets | cross-fitted | same label | adjusted Rand | sets cover "
-        "| several kinds |",
-        "| --- " * 10 + "|",
+        "| prompts | kinds | ECE | confidence < 0.99 | drawing whole sets | cross-fitted | same label | of sure heads (share) "
+        "| adjusted Rand | sets cover | several kinds |",
+        "| --- " * 11 + "|",
     ]
     for label, row in found["rows"].items():
         r, s, c = row["reliability"], row["stability"], row["coverage"]
@@ -119,6 +129,7 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(
             f"| {label} ({row['n']}) | {kinds} | {r['ece']:.3f} ({r['ece_interval'][0]:.3f} to {r['ece_interval'][1]:.3f}) | {some} "
             f"| {r['ece_whole_draws']:.3f} | {r['ece_calibrated']:.3f} | {s['same']:.1%} "
+            f"| {r['same_if_sure']:.1%} ({r['sure']:.1%}) "
             f"| {s['ari']:.3f} ({s['ari_low']:.3f} to {s['ari_high']:.3f}) | {c['coverage']:.1%} | {contested} |"
         )
     p = found["pooled"]
@@ -134,6 +145,14 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(
             f"| {a['here']} / {a['there']} | {a['ari']:.3f} ({a['low']:.3f} to {a['high']:.3f}) | {', '.join(a['changed']) or 'none'} |"
         )
+    lines += [
+        "",
+        "| prompts | " + " | ".join(f"adjusted Rand, sets of {size}" for size in SIZES) + " |",
+        "| --- " * (len(SIZES) + 1) + "|",
+    ]
+    for label, row in found["rows"].items():
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*row["ari_by_size"][s]) if s in row["ari_by_size"] else "" for s in SIZES]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", "| prompts | clusters by BIC | their adjusted Rand with the kinds |", "| --- | --- | --- |"]
     for label, row in found["rows"].items():
         lines.append(f"| {label} | {row['clusters']['n_clusters']} | {row['clusters']['ari']:.2f} |")

@@ -1,9 +1,13 @@
-"""Optimal budgets for real: the same scorer under every way to share a budget, at equal bytes.
+"""Optimal budgets for real: the same scorer under every way to share a budget, at equal bytes; and choosing from short prompts.
 
-    python benchmarks/optimal.py [WORK_FOLDER]
+    python benchmarks/optimal.py [WORK_FOLDER [CASE ...]]
 
-Plans and head scores come from needle prompts of 1024 tokens of another seed, judged are prompts of 1024 tokens and, with the same
-plan, of 2048. Resumes when interrupted. Accuracy as in ``policies.py``; differences from `optimal` paired, by bootstrap over prompts.
+A case is a label of ``CASES``, such as "text, 1024 tokens"; all of them without one.
+Plans and head importance come from 16 needle prompts of 1024 tokens of other seeds. They are judged on those prompts' kind, on two
+tasks that they have not seen and on two lengths that they have not seen, beside plans made of 16 prompts of the very task and length.
+Accuracy: share of the answer's tokens that are right, the right ones being fed before; differences from `optimal` paired, by bootstrap
+over 100 prompts. At 4096 tokens the simulated choice among all policies is made twice, from a capture of 1024-token prompts and from
+one of 4096-token prompts. Resumes when interrupted.
 """
 
 from __future__ import annotations
@@ -17,108 +21,238 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from kvtool.capture.runner import CaptureConfig, run_capture
+from kvtool.classify.importance import CAPTURED, measure_captured, write_heads
 from kvtool.data.tasks import load_task
 from kvtool.files import read_records
 from kvtool.infer.runner import RECORDS, InferConfig, run_infer
 from kvtool.models import LoadedModel, load_model
 from kvtool.policies import expand_policies, method_key
 from kvtool.simulate.plan import export_plan
-from policies import interval, make_heads
+from kvtool.simulate.runner import SimulateConfig, run_simulate
+from kvtool.textgrid import markdown_grid
 
 RESULT = Path(__file__).parent / "results" / "optimal"
 BUDGETS = ("2%", "3%", "5%", "7.5%", "10%", "15%", "20%")
-PROMPTS, SEED = 48, 0
+PROMPTS, SEED = 100, 0
+#: of the prompts that plans are made of, and of those that head importance is measured on
+PLAN_PROMPTS, PLAN_SEED, HEADS_SEED = 16, 1, 500
 SCORER = "window=8,kernel=11"
-LENGTHS = (1024, 2048)
+NEEDLE = "niah"
+#: label -> task, length
+CASES: dict[str, tuple[str, int]] = {
+    "single needle, 1024 tokens": (NEEDLE, 1024),
+    "eight keys, 1024 tokens": ("niah:kind=multikey,keys=8", 1024),
+    "text, 1024 tokens": ("text:continue=32,lead=32", 1024),
+    "single needle, 2048 tokens": (NEEDLE, 2048),
+    "single needle, 4096 tokens": (NEEDLE, 4096),
+}
+HOME, LONG = "single needle, 1024 tokens", "single needle, 4096 tokens"
+MODES: tuple[Any, ...] = ("prompt", "context")
+MEASURES = {"gain": "gain", "reasoning": "HeadKV's score"}
+#: further policies that a choice for long prompts is made from
+POOL = ("h2o:window=8", "tova", "keydiff", f"cake:{SCORER}")
+
+Found = dict[str, dict[str, list[float]]]
+Row = dict[str, Any]
 
 
-def texts(plan: Path, heads: Path) -> dict[str, str]:
+def texts(plan: Path, own: Path | None, work: Path) -> dict[str, str]:
     """Return what is compared: label -> policy, all with SnapKV's scores and the same protected window."""
-    return {
+    found = {
         "optimal": f"optimal:plan={plan}",
         "optimal, rank 1": f"optimal:plan={plan},shape=rank1",
-        "optimal, by layer": f"optimal:plan={plan},shape=layer",
-        "HACE": f"hace:scorer=snapkv,{SCORER},heads={heads}",
-        "HACE, heads only": f"hace-head:scorer=snapkv,{SCORER},heads={heads}",
-        "HACE, layers only": f"hace-layer:scorer=snapkv,{SCORER}",
-        "HeadKV": f"headkv:{SCORER},heads={heads}",
+    }
+    if own is not None:
+        found["optimal, planned here"] = f"optimal:plan={own}"
+    for measure, words in MEASURES.items():
+        heads = work / f"{measure}.json"
+        found[f"HeadKV ({words})"] = f"headkv:{SCORER},heads={heads}"
+        found[f"HACE ({words})"] = f"hace:scorer=snapkv,{SCORER},heads={heads}"
+    return found | {
+        "CAKE's layer budgets": f"hace-layer:scorer=snapkv,{SCORER}",
         "PyramidKV": f"pyramidkv:{SCORER}",
         "AdaKV": f"adakv:{SCORER}",
         "uniform (SnapKV)": f"snapkv:{SCORER}",
     }
 
 
-def measure(loaded: LoadedModel, work: Path, heads: Path, mode: Any, length: int) -> dict[str, dict[str, list[float]]]:
-    """Return label -> budget -> accuracy per prompt."""
-    plan = work / f"plan_{mode}.json"
+def capture(loaded: LoadedModel, task: str, length: int, seed: int, mode: Any, path: Path) -> Path:
+    samples = load_task(task, loaded.tokenizer, PLAN_PROMPTS, length, seed)
+    run_capture(CaptureConfig(task, loaded.info.model_id, PLAN_PROMPTS, length, seed, mode), loaded, samples, path)
+    return path
+
+
+def make_heads(loaded: LoadedModel, work: Path) -> None:
+    """Write one heads file per measure of importance."""
+    if all((work / f"{measure}.json").exists() for measure in MEASURES):
+        return
+    path = capture(loaded, NEEDLE, 1024, HEADS_SEED, "prompt", work / "heads.h5")
+    from kvtool.analysis.importance_report import write_importance
+
+    out = work / "importance"
+    facts = measure_captured(path, out, 4, 32)
+    write_importance(out, [out / CAPTURED], None, facts)
+    for measure in MEASURES:
+        write_heads(path, out / "importance.json", measure, work / f"{measure}.json")
+
+
+def plan_of(loaded: LoadedModel, case: str, mode: Any, work: Path) -> Path:
+    """Return the plan from 16 prompts of a case, with the capture that it is made of beside it."""
+    (task, length), folder = CASES[case], work / f"{case.replace(', ', '_').replace(' ', '_')}-{mode}"
+    plan = folder / "plan.json"
     if not plan.exists():
-        export_plan(work / f"{mode}.h5", f"snapkv:{SCORER}", plan)
-    labels = texts(plan, heads)
-    samples = load_task("niah", loaded.tokenizer, PROMPTS, length, SEED)
-    folder = work / f"{mode}{length}"
-    config = InferConfig("niah", "tiny", PROMPTS, length, SEED, mode)
+        folder.mkdir(parents=True, exist_ok=True)
+        export_plan(capture(loaded, task, length, PLAN_SEED, mode, folder / "plan.h5"), f"snapkv:{SCORER}", plan)
+    return plan
+
+
+def measure(loaded: LoadedModel, work: Path, case: str, mode: Any) -> Found:
+    """Run a case for real; return label -> budget -> accuracy per prompt."""
+    (task, length), home, own = CASES[case], plan_of(loaded, HOME, mode, work), plan_of(loaded, case, mode, work)
+    labels = texts(home, None if case == HOME else own, work)
+    if case == LONG:
+        labels |= {text: text for text in POOL}
+    samples = load_task(task, loaded.tokenizer, PROMPTS, length, SEED)
+    folder = own.parent / "run"
+    config = InferConfig(task, loaded.info.model_id, PROMPTS, length, SEED, mode, generate=False)
     run_infer(config, loaded, samples, expand_policies(list(labels.values()), BUDGETS, real=True), folder)
     first = expand_policies(list(labels.values()), BUDGETS[:1], real=True)
     by_method = {method_key(policy): label for policy, label in zip(first, labels, strict=True)}
-    found: dict[str, dict[str, list[float]]] = {}
+    found: Found = {}
     for record in read_records(folder / RECORDS):
         if record["method"] in by_method:
             found.setdefault(by_method[record["method"]], {}).setdefault(record["budget"], []).append(record["answer_accuracy"])
     return found
 
 
-def rows_of(found: dict[str, dict[str, list[float]]], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Return mean per budget, mean over budgets, and its paired difference from `optimal`."""
+def interval(values: NDArray[np.float64], draws: NDArray[np.int64]) -> list[float]:
+    """Return mean and 95 % interval over prompts."""
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return [float(values.mean()), float(low), float(high)]
+
+
+def rows_of(found: Found, rng: np.random.Generator) -> list[Row]:
+    """Return mean per budget, mean over budgets, and the paired lead of `optimal`, on average and at its worst budget."""
     draws = rng.integers(0, PROMPTS, (2000, PROMPTS))
-    best = np.mean([found["optimal"][b] for b in BUDGETS], axis=0)
-    rows = []
+    best, rows = np.asarray([found["optimal"][b] for b in BUDGETS]), []
     for label, by_budget in found.items():
         table = np.asarray([by_budget[b] for b in BUDGETS])
+        leads = [interval(lead, draws) for lead in best - table]
+        worst = min(range(len(BUDGETS)), key=lambda i: leads[i][0])
         rows.append(
             {
                 "label": label,
                 "accuracy": {b: float(x) for b, x in zip(BUDGETS, table.mean(1), strict=True)},
                 "mean": interval(table.mean(0), draws),
-                "below_optimal": interval(best - table.mean(0), draws),
+                "below_optimal": interval((best - table).mean(0), draws),
+                "worst": [BUDGETS[worst], *leads[worst]],
             }
         )
+    return sorted(rows, key=lambda row: -row["mean"][0])
+
+
+def table(rows: list[Row]) -> str:
+    """Return one Markdown table, best first."""
+    cells = []
+    for row in rows:
+        ahead = worst = ""
+        if row["label"] != "optimal":
+            ahead = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["below_optimal"])
+            worst = "{1:+.2f} ({2:+.2f} to {3:+.2f}) at {0}".format(*row["worst"])
+        accuracy = [f"{row['accuracy'][b]:.2f}" for b in BUDGETS]
+        cells.append([row["label"], *accuracy, f"{row['mean'][0]:.3f}", ahead, worst])
+    return markdown_grid(["budgets", *BUDGETS, "mean", "optimal is ahead by", "at its worst budget by"], cells)
+
+
+def choices(work: Path, mode: Any, found: Found, loaded: LoadedModel, rng: np.random.Generator) -> list[Row]:
+    """Return what the policies chosen offline reach on long prompts, chosen from short captures and from long ones."""
+    home, there = plan_of(loaded, HOME, mode, work), plan_of(loaded, LONG, mode, work)
+    draws, rows = rng.integers(0, PROMPTS, (2000, PROMPTS)), []
+    for with_optimal in (True, False):
+        picked = {}
+        for name, plan, skip in (("1024", home, "optimal, planned here"), ("4096", there, "optimal")):
+            labels = texts(home, there, work) | {text: text for text in POOL}
+            labels = {k: v for k, v in labels.items() if not k.startswith("optimal") or (with_optimal and k != skip)}
+            picked[name] = chosen(plan.with_suffix(".h5"), labels, plan.parent / f"choice-{with_optimal}")
+        for top in (1, 3):
+            scores = {
+                name: np.asarray([best_of(found, order[budget][:top], budget) for budget in BUDGETS])
+                for name, order in picked.items()
+            }
+            rows.append(
+                {
+                    "optimal offered": with_optimal,
+                    "top": top,
+                    "from 1024": interval(scores["1024"].mean(0), draws),
+                    "from 4096": interval(scores["4096"].mean(0), draws),
+                    "cost": interval((scores["4096"] - scores["1024"]).mean(0), draws),
+                    "chosen from 1024": {b: order[0] for b, order in picked["1024"].items()},
+                    "chosen from 4096": {b: order[0] for b, order in picked["4096"].items()},
+                }
+            )
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return one Markdown table, best first."""
-    lines = ["| budgets | " + " | ".join(BUDGETS) + " | mean | optimal is ahead by |", "| --- " * (len(BUDGETS) + 3) + "|"]
-    for row in sorted(rows, key=lambda r: -r["mean"][0]):
-        cells = " | ".join(f"{row['accuracy'][b]:.2f}" for b in BUDGETS)
-        ahead = "" if row["label"] == "optimal" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["below_optimal"])
-        lines.append(f"| {row['label']} | {cells} | {row['mean'][0]:.3f} | {ahead} |")
-    return "\n".join(lines)
+def chosen(path: Path, labels: dict[str, str], folder: Path) -> dict[str, list[str]]:
+    """Return budget -> labels, the best predicted first."""
+    by_policy = {str(p): label for label, text in labels.items() for p in expand_policies((text,), BUDGETS)}
+    order: dict[str, list[str]] = {budget: [] for budget in BUDGETS}
+    ranked = run_simulate(SimulateConfig(str(path), tuple(labels.values()), BUDGETS), folder).rows
+    for row in sorted((r for r in ranked if r.policy in by_policy), key=lambda r: r.rank or 0):
+        order[str(row.budget)].append(by_policy[row.policy])
+    return order
+
+
+def best_of(found: Found, labels: list[str], budget: str) -> list[float]:
+    """Return the accuracy per prompt of the really best of some labels at a budget."""
+    return max((found[label][budget] for label in labels), key=lambda values: float(np.mean(values)))
+
+
+def choice_table(rows: list[Row]) -> str:
+    head = ["offered", "run", "chosen from 1024 tokens", "chosen from 4096 tokens", "cost of choosing from 1024"]
+    cells = []
+    for row in rows:
+        reached = ["{:.3f} ({:.3f} to {:.3f})".format(*row[name]) for name in ("from 1024", "from 4096")]
+        offered = "all policies" if row["optimal offered"] else "without optimal"
+        run = "the first" if row["top"] == 1 else f"the best of the first {row['top']}"
+        cells.append([offered, run, *reached, "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["cost"])])
+    return markdown_grid(head, cells)
 
 
 def main() -> None:
-    work = Path(sys.argv[1] if len(sys.argv) > 1 else "build/optimal")
+    work = Path(sys.argv[1] if len(sys.argv) > 1 else "build/optimal").resolve()
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     loaded, rng = load_model("tiny", device="cpu"), np.random.default_rng(0)
-    heads = make_heads(loaded, work)
-    results = {
-        f"{mode}, {length} tokens": rows_of(measure(loaded, work, heads, mode, length), rng)
-        for length in LENGTHS
-        for mode in ("prompt", "context")
-    }
+    make_heads(loaded, work)
+    results: dict[str, Any] = {}
+    chosen_rows: dict[str, list[Row]] = {}
+    cases = sys.argv[2:] or list(CASES)
+    for case in cases:
+        for mode in MODES:
+            found = measure(loaded, work, case, mode)
+            results[f"{case}, compress_at {mode}"] = rows_of(found, rng)
+            if case == LONG:
+                chosen_rows[f"compress_at {mode}"] = choices(work, mode, found, loaded, rng)
     value = {
-        "command": "python benchmarks/optimal.py",
+        "command": " ".join(
+            ["python benchmarks/optimal.py", *(["WORK", *(f'"{case}"' for case in cases)] if sys.argv[2:] else [])]
+        ),
         "model": loaded.info.fingerprint,
-        "task": f"niah, {PROMPTS} prompts, seed {SEED}; plans and heads from 16 prompts of 1024 tokens of another seed",
+        "prompts": f"{PROMPTS} of seed {SEED}; plans from {PLAN_PROMPTS} of seed {PLAN_SEED}, importance of seed {HEADS_SEED}",
         "scorer": f"snapkv:{SCORER}",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
         "results": results,
+        "choices": chosen_rows,
     }
     RESULT.with_suffix(".json").write_text(json.dumps(value, indent=1) + "\n")
-    head = f"`{value['command']}`: embedded model, {value['task']}. Accuracy of the answer's tokens, all with "
-    head += f"the scores of `{value['scorer']}`.\n"
-    text = head + "".join(f"\n## compress_at {name}\n\n{table(rows)}\n" for name, rows in results.items())
+    text = f"`{value['command']}`: embedded model, prompts: {value['prompts']}. Accuracy of the answer's tokens, all with the scores of "
+    text += f"`{value['scorer']}` unless named otherwise; plans and importance of single needles, 1024 tokens, unless planned here.\n"
+    text += "".join(f"\n## {name}\n\n{table(rows)}\n" for name, rows in results.items())
+    text += "".join(f"\n## choosing for 4096 tokens, {name}\n\n{choice_table(rows)}\n" for name, rows in chosen_rows.items())
     RESULT.with_suffix(".md").write_text(text)
     print(text)
 

@@ -78,7 +78,7 @@ def make_heads(loaded: LoadedModel, work: Path) -> Path:
     for mode in modes:
         config = CaptureConfig("niah", "tiny", HEADS_PROMPTS, LENGTH, HEADS_SEED, mode)
         run_capture(config, loaded, samples, work / f"{mode}.h5")
-    run_classify(work / "prompt.h5", work / "heads.json")
+    run_classify(work / "prompt.h5", work / "heads.json", importance="gain")
     export_plan(work / "prompt.h5", PLANNED, work / "plan.json")
     return work / "heads.json"
 

@@ -10,6 +10,7 @@ Shapes: L layers, Q query heads, H KV heads, T prompt positions, N positions of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,10 @@ class Following:
     slot: Tensor
 
 
+class _LastLayerSeen(Exception):
+    """Ends the second run."""
+
+
 def run_permuted(model: Any, token_ids: Sequence[int], record: PromptRecord, plan: Permutation) -> Following:
     """Run the permuted prompt and compare it with the first run.
 
@@ -109,10 +114,13 @@ def run_permuted(model: Any, token_ids: Sequence[int], record: PromptRecord, pla
             found.append((nan, nan))
         else:
             found.append(_compare(tail, keys, call, plan))
+        if len(found) == len(record.keys):
+            raise _LastLayerSeen
         return dense_attention(call)
 
     ids = torch.tensor([[token_ids[k] for k in plan.source]], device=record.keys[0].device)
-    with torch.no_grad(), attention_handler(model, handler):
+    # What the last layer makes of its attention is not needed.
+    with suppress(_LastLayerSeen), torch.no_grad(), attention_handler(model, handler):
         model.base_model(input_ids=ids, use_cache=False)
     return Following(torch.stack([content for content, _ in found]), torch.stack([slot for _, slot in found]))
 

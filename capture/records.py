@@ -61,7 +61,8 @@ class Features:
     content_follow, slot_follow : float32 array ``[L, Q]`` or None
         Correlations of the prompt's attention with that to the same prompt with its blocks permuted.
 
-    None: the file does not hold it (an older one, or ``--no-permute``). NaN: it is undefined for that head and prompt.
+    None: the file does not hold it (an older one, or a prompt beyond the first that were run permuted). NaN: it is undefined
+    for that head and prompt.
     """
 
     sink_mass: FloatArray

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from kvtool.models import LoadedModel
 
 
-def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded) -> StoredSample:
-    """Run one sample through the model.
+def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded, permuted: bool = True) -> StoredSample:
+    """Run one sample through the model, and with its blocks permuted if it is among those for which that was asked.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def capture_sample(config: CaptureConfig, loaded: LoadedModel, encoded: Encoded)
     tokens = probe_tokens(question, answer)
     prompt = run_prompt(model, compressed, config.names(unknown_statistics(model)), config.feature_rows)
     seed = sample_seed(sample.id)
-    moves = permutation(len(compressed), seed) if config.permute else None
+    moves = permutation(len(compressed), seed) if permuted else None
     following = {} if moves is None else _following_arrays(model, compressed, prompt, moves)
     arrays = {
         "prompt_ids": StoredArray(np.asarray(encoded.prompt_ids, dtype=np.int32)),

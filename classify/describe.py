@@ -35,6 +35,8 @@ def summary_text(summary: ClassifySummary) -> str:
     ]
     counts = ", ".join(f"{n} {kind}" for kind, n in summary.counts.items() if n)
     lines = [grid(header, rows), "", f"{counts}; from {summary.n_prompts} prompts", _readings(summary)]
+    names = {"reasoning": "HeadKV's retrieval-reasoning score", "gain": "gain (gradient x output)"}
+    lines.append(f"importance: {names[summary.importance]}, mean of {summary.n_importance} prompts")
     lines += _worth(summary)
     lines += [_other(item) for item in summary.against]
     reasons = dict.fromkeys(summary.missing.values())

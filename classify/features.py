@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.classify.importance import answered_right, reasoning_importance
 from kvtool.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class HeadTable:
     profile : ndarray
         Attention by distance; the bins' lower edges stand in the capture and in ``heads.json``.
     importance : ndarray
-        Mean over probe tokens of abs(sum over entries of the gain): how much the answer's margin hangs on the head.
+        Gain: mean over probe tokens of abs(sum over entries of the gain), how much the answer's margin hangs on the head.
     retrieval : ndarray or None
         Attention of the probe tokens to the evidence; None if no prompt names its evidence.
     far_entropy, offset_variance : ndarray or None
@@ -52,7 +53,10 @@ class HeadTable:
     induction, echo, copy : ndarray or None
         Scores on repeated random tokens: of the model, the same for every prompt.
 
-    The last nine are None where the capture does not hold them, NaN where they are undefined for a head on a prompt.
+    reasoning : ndarray or None
+        HeadKV's retrieval-reasoning score, of prompts that name their evidence and are answered right; NaN for the others.
+
+    The last ten are None where the capture does not hold them, NaN where they are undefined for a head on a prompt.
     """
 
     sink: Float
@@ -70,6 +74,7 @@ class HeadTable:
     induction: Float | None = None
     echo: Float | None = None
     copy: Float | None = None
+    reasoning: Float | None = None
 
     @property
     def n_prompts(self) -> int:
@@ -131,14 +136,15 @@ class _Lists:
 
 def head_table(samples: list[CapturedSample]) -> HeadTable:
     """Read the features of all prompts; their distance bins must be the same, see `distance_edges`."""
-    lists = _Lists()
+    lists, some_permuted = _Lists(), any(sample.features().content_follow is not None for sample in samples)
     for sample in samples:
         features, probes = sample.features(), sample.probes()
         sink, local, far = _masses(features)
         gains = np.abs(probes.gain.sum(-1) + probes.gain_own)
-        content = None
+        gain = gains.mean(-1) if gains.shape[-1] else np.zeros(gains.shape[:-1])
+        content, reasoning = np.full(sink.shape, np.nan), np.full(sink.shape, np.nan)
         if features.content_follow is not None and features.slot_follow is not None:
-            content = features.content_follow - features.slot_follow
+            content = np.asarray(features.content_follow - features.slot_follow, dtype=np.float64)
         output = features.head_output
         lists.add(
             sink=sink,
@@ -146,18 +152,21 @@ def head_table(samples: list[CapturedSample]) -> HeadTable:
             far=far,
             entropy=features.entropy,
             profile=features.distance_profile,
-            importance=gains.mean(-1) if gains.shape[-1] else np.zeros(gains.shape[:-1]),
+            importance=gain,
             far_entropy=features.far_entropy,
             offset_variance=features.offset_variance,
             output=output,
             # All zero in a layer: nobody is more active than another.
             activity=None if output is None else output / np.maximum(output.mean(-1, keepdims=True), 1e-30),
-            content=content,
+            content=content if some_permuted else None,
         )
         spans = [span for span in sample.meta.get("evidence", []) if span[1] <= sample.seq_len]
         if spans and probes.attention.shape[2]:
             positions = np.concatenate([np.arange(a, b) for a, b in spans])
             lists.add(retrieval=probes.attention[..., positions].sum(-1).mean(-1))
+            if answered_right(probes):
+                reasoning = reasoning_importance(probes, spans)
+        lists.add(reasoning=reasoning)
     scores = samples[0].capture.repeats()
     for name in ("induction", "echo", "copy"):
         value = getattr(scores, name)
@@ -188,11 +197,13 @@ def missing_features(capture: Capture) -> dict[str, str]:
         missing["masses"] = f"{older}; until then keys near the beginning count as sink and as local"
     elif any(not np.isfinite(f.masses).all() for f in all_features if f.masses is not None):
         missing["masses"] = "some prompts are too short to tell sink, local and far keys apart; keys may count twice"
-    without = sum(f.content_follow is None for f in all_features)
+    asked = capture.config.get("permute")
+    # The first ones were run permuted, all of them in captures of older versions.
+    n_asked = len(all_features) if isinstance(asked, bool) or not asked else min(int(asked), len(all_features))
+    without = sum(f.content_follow is None for f in all_features[:n_asked])
     if without:
-        asked = capture.config.get("permute")
-        reason = older if asked is None else "captured with --no-permute" if not asked else "too short to permute"
-        missing["content"] = f"{without} of {len(all_features)} prompts lack it ({reason})"
+        reason = older if asked is None else "captured with --permute 0" if not asked else "too short to permute"
+        missing["content"] = f"{without} of {n_asked} prompts lack it ({reason})"
     if all(not s.meta.get("evidence") for s in capture.samples):
         missing["retrieval"] = "the prompts name no evidence"
     return {**missing, **capture.repeats().skipped}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.classify.features import HeadTable
+from kvtool.classify.features import HeadTable, nanmean
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -59,7 +59,11 @@ class Means:
 
 
 def weighted_means(table: HeadTable, weights: Float) -> Means:
-    """Return means over prompts under weights ``(..., S)``, features of shape ``(..., L, Q)``; NaN entries do not count."""
+    """Return means over prompts under weights ``(..., S)``, features of shape ``(..., L, Q)``.
+
+    Prompts without a feature (only some are run permuted) do not count; where none with a weight has it, the mean of all that do stands
+    in.
+    """
 
     def mean(values: Float | None) -> Float | None:
         if values is None:
@@ -69,7 +73,9 @@ def weighted_means(table: HeadTable, weights: Float) -> Means:
             return np.asarray(np.tensordot(weights, values, axes=1))
         total = np.tensordot(weights, np.where(defined, values, 0.0), axes=1)
         weight = np.tensordot(weights, defined.astype(np.float64), axes=1)
-        return np.asarray(np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0))
+        return np.asarray(
+            np.divide(total, weight, out=np.broadcast_to(nanmean(values, 0), total.shape).copy(), where=weight > 0)
+        )
 
     found: dict[str, Any] = {name: mean(getattr(table, name)) for name in DECIDING}
     return Means(**found)
@@ -96,5 +102,10 @@ def kinds_of_all(table: HeadTable) -> Int:
 
 
 def kinds_per_prompt(table: HeadTable) -> Int:
-    """Return the kinds that every prompt alone gives, ``(S, L, Q)``."""
-    return kind_of(Means(**{name: getattr(table, name) for name in DECIDING}))
+    """Return the kinds that every prompt alone gives, ``(S, L, Q)``; the mean of the others stands in for what it lacks."""
+
+    def filled(values: Float | None) -> Float | None:
+        return None if values is None else np.where(np.isfinite(values), values, nanmean(values, 0))
+
+    found: dict[str, Any] = {name: filled(getattr(table, name)) for name in DECIDING}
+    return kind_of(Means(**found))

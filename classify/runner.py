@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 SCHEMA = "kvtool.heads/1"
 FIGURES = (
     "sink", "local", "far", "entropy", "far_entropy", "offset_variance", "output", "activity", "content", "induction", "echo", "copy",
-    "importance", "retrieval",
+    "importance", "gain", "retrieval", "reasoning",
 )  # fmt: skip
+#: what the importance of a head can be
+IMPORTANCES = ("auto", "reasoning", "gain")
 #: random splits in halves, and bootstrap draws in each
 SPLITS, SPLIT_DRAWS = 50, 200
 
@@ -117,6 +119,10 @@ class ClassifySummary:
         Features that the capture does not give, and why.
     files : tuple of Path
         Reliability diagram and its figures, where there is one.
+    importance : str
+        What the heads' importance is, ``"reasoning"`` or ``"gain"``.
+    n_importance : int
+        Prompts that it is a mean of.
     """
 
     path: Path
@@ -131,6 +137,8 @@ class ClassifySummary:
     clusters: Clusters | None
     missing: dict[str, str]
     files: tuple[Path, ...]
+    importance: str
+    n_importance: int
 
     def text(self) -> str:
         """Return what the command prints."""
@@ -140,7 +148,12 @@ class ClassifySummary:
 
 
 def run_classify(
-    capture_path: str | Path, out: str | Path, seed: int = 0, draws: int = 500, others: Sequence[str | Path] = ()
+    capture_path: str | Path,
+    out: str | Path,
+    seed: int = 0,
+    draws: int = 500,
+    others: Sequence[str | Path] = (),
+    importance: str = "auto",
 ) -> ClassifySummary:
     """Classify the heads of a captured model and write ``heads.json``: query heads, and KV heads from their group's means.
 
@@ -153,18 +166,20 @@ def run_classify(
         Of the bootstrap.
     others : sequence of path
         Captures of the same model on other prompts, whose labels are compared.
+    importance : str
+        What ``importance`` in the file is: ``"reasoning"`` (HeadKV's score), ``"gain"``, or ``"auto"``: the first where the
+        capture can give it.
 
     Raises
     ------
     ConfigError
-        `draws` below 1.
+        `draws` below 1, or an unknown importance.
     DataError
         Missing, damaged or empty capture, or captures of different models.
     """
     from kvtool.capture.reader import open_capture
 
-    if draws < 1:
-        raise ConfigError(f"classify: draws={draws} must be at least 1")
+    _check_options(draws, importance)
     with open_capture(capture_path) as capture:
         samples = list(capture.samples)
         edges, table = distance_edges(samples), head_table(samples)
@@ -173,30 +188,29 @@ def run_classify(
         compared = tuple(_against(capture, labels.kinds, path) for path in others)
         missing = missing_features(capture)
         found = clusters(table, labels.kinds, seed)
-        heads = describe_heads(table, labels)
+        measure, n_measured = choose_importance(table, importance, capture_path)
+        heads = describe_heads(table, labels, measure)
         value = {
             "schema": SCHEMA,
             **_provenance(capture, seed, draws),
-            "n_layers": capture.model.n_layers,
-            "n_heads": capture.model.n_heads,
-            "n_kv_heads": capture.model.n_kv_heads,
+            **{name: getattr(capture.model, name) for name in ("n_layers", "n_heads", "n_kv_heads")},
             "distance_edges": edges,
             "missing": missing,
             "quality": {"heads": _quality(labels), "kv_heads": _quality(kv_labels)},
             "clusters": None if found is None else asdict(found),
             "against": [asdict(a) for a in compared],
+            "importance_measure": {"measure": measure, "prompts": n_measured},
             "heads": heads,
-            "kv_heads": describe_heads(grouped, kv_labels),
+            "kv_heads": describe_heads(grouped, kv_labels, measure),
         }
     path = Path(out)
     write_json(path, value)
     judged = {"query heads": labels.reliability, "KV heads": kv_labels.reliability}
-    readings = None if labels.confidence is None else _count([str(h["reading"]) for h in heads])
     return ClassifySummary(
         path=path,
         n_prompts=table.n_prompts,
         counts={kind: sum(h["kind"] == kind for h in heads) for kind in KINDS},
-        readings=readings,
+        readings=None if labels.confidence is None else _count([str(h["reading"]) for h in heads]),
         top=tuple(sorted(heads, key=lambda h: -h["importance"])[:10]),
         reliability=labels.reliability,
         coverage=labels.coverage,
@@ -205,7 +219,16 @@ def run_classify(
         clusters=found,
         missing=missing,
         files=_diagram(path, {name: r for name, r in judged.items() if r is not None}),
+        importance=measure,
+        n_importance=n_measured,
     )
+
+
+def _check_options(draws: int, importance: str) -> None:
+    if draws < 1:
+        raise ConfigError(f"classify: draws={draws} must be at least 1")
+    if importance not in IMPORTANCES:
+        raise ConfigError(f"classify: no importance {importance!r}; choose {', '.join(IMPORTANCES)}")
 
 
 def label_heads(table: HeadTable, seed: int, draws: int = 500, splits: int = SPLITS) -> HeadLabels:
@@ -277,9 +300,34 @@ def _quality(labels: HeadLabels) -> dict[str, Any]:
     }
 
 
-def describe_heads(table: HeadTable, labels: HeadLabels) -> list[dict[str, Any]]:
-    """Return one record per head, as in ``heads.json``."""
-    means = {name: None if (v := getattr(table, name)) is None else nanmean(v, 0) for name in FIGURES}
+def choose_importance(table: HeadTable, asked: str, path: str | Path) -> tuple[str, int]:
+    """Return the measure of importance, and the prompts that it is a mean of.
+
+    HeadKV's score comes first: budgets shared by it keep more answers than by gain (``benchmarks/results/optimal.md``). It needs prompts
+    that name their evidence and that the model answers right.
+
+    Raises
+    ------
+    DataError
+        HeadKV's score was asked for and no prompt gives it.
+    """
+    scored = np.zeros(table.n_prompts, dtype=bool) if table.reasoning is None else np.isfinite(table.reasoning).all((1, 2))
+    if table.reasoning is not None and scored.any() and table.reasoning[scored].any() and asked != "gain":
+        return "reasoning", int(scored.sum())
+    if asked == "reasoning":
+        raise DataError(
+            f"capture {path} cannot give HeadKV's score: no prompt names its evidence and is answered right; capture needle prompts "
+            "(-t niah), or take --importance gain"
+        )
+    return "gain", table.n_prompts
+
+
+def describe_heads(table: HeadTable, labels: HeadLabels, measure: str = "gain") -> list[dict[str, Any]]:
+    """Return one record per head, as in ``heads.json``; `measure` is what its importance is."""
+    means = {name: None if (v := getattr(table, name, None)) is None else nanmean(v, 0) for name in FIGURES}
+    means["gain"] = means["importance"]
+    if measure == "reasoning":
+        means["importance"] = means["reasoning"]
     share = weighted_means(table, np.full(table.n_prompts, 1 / table.n_prompts)).positional_share
     profile = table.profile.mean(0)
 

@@ -233,11 +233,13 @@ def test_a_control_with_other_parameters_is_still_the_control(folders: tuple[Pat
 def test_refined_loss_is_a_predictor_where_all_of_a_budget_are_refined(folders: tuple[Path, Path], tmp_path: Path) -> None:
     def refine(_: int, row: dict[str, Any]) -> None:
         if row["budget"] == "10%":
-            row["refined"] = {"nll": row["harm"], "per_sample": {"nll": row["per_sample"]["harm"]}}
+            losses = row["per_sample"]["harm"]
+            row["refined"] = {"nll": row["harm"], "per_sample": {"nll": losses, "accuracy": [-x for x in losses]}}
 
     edit(folders[0], "ranking.jsonl", refine)
     score = next(a for a in run_fidelity([folders], draws=50).agreements if a.truth == "score")
     assert score.tau["refined_nll"].mean == pytest.approx(1)
+    assert score.tau["refined_accuracy"].mean == pytest.approx(1)
     assert (score.n_cells, score.n_cells_of["refined_nll"]) == (2, 1)
     page = run_analyze(*folders, tmp_path / "out").report.read_text()
     assert "tau of refined loss" in page

@@ -15,6 +15,8 @@ from kvtool.capture.permuted import TAIL, Permutation, _compare, permutation, ru
 from kvtool.capture.prompt_pass import run_prompt
 from kvtool.capture.reader import open_capture
 from kvtool.capture.runner import CaptureConfig, run_capture
+from kvtool.classify.features import head_table, missing_features
+from kvtool.classify.kinds import kinds_per_prompt, weighted_means
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,9 +105,25 @@ def test_sliding_windows_and_short_prompts_have_no_score(tmp_path, capsys):
 
 def test_without_the_second_pass(tmp_path):
     loaded, (sample,) = toy.build_loaded("llama"), toy.make_samples(1, n_context=300)
-    for permute in (True, False):
+    for permute in (1, 0):
         out = tmp_path / f"{permute}.h5"
         summary = run_capture(CaptureConfig("toy", "llama", 1, windows=(8,), permute=permute), loaded, [sample], out)
         assert summary.n_unpermuted == 0
         with open_capture(out) as capture:
-            assert (capture.samples[0].features().content_follow is not None) == permute
+            assert (capture.samples[0].features().content_follow is not None) == bool(permute)
+
+
+def test_only_the_first_prompts_are_run_permuted_and_their_mean_stands_for_the_others(tmp_path):
+    loaded, samples = toy.build_loaded("llama"), toy.make_samples(3, n_context=300)
+    summary = run_capture(CaptureConfig("toy", "llama", 3, windows=(8,), permute=2), loaded, samples, tmp_path / "c.h5")
+    assert summary.n_unpermuted == 0
+    with open_capture(tmp_path / "c.h5") as capture:
+        table = head_table(list(capture.samples))
+        assert missing_features(capture).get("content") is None
+    assert table.content is not None
+    assert [bool(np.isfinite(rows).all()) for rows in table.content] == [True, True, False]
+    only_third = weighted_means(table, np.array([0.0, 0.0, 1.0])).content
+    assert only_third == pytest.approx(table.content[:2].mean(0))
+    half = weighted_means(table, np.array([0.5, 0.0, 0.5])).content
+    assert half == pytest.approx(table.content[0])
+    assert kinds_per_prompt(table).shape == table.content.shape

@@ -16,7 +16,7 @@ from kvtool.capture.reader import open_capture
 from kvtool.capture.runner import CaptureConfig, run_capture
 from kvtool.classify.features import HeadTable, distance_edges, head_table
 from kvtool.classify.kinds import KINDS, Means, kind_of, kinds_per_prompt, weighted_means
-from kvtool.classify.runner import label_heads, run_classify
+from kvtool.classify.runner import choose_importance, describe_heads, label_heads, run_classify
 from kvtool.data.tasks import load_task
 from kvtool.errors import DataError
 from kvtool.models import LoadedModel
@@ -74,9 +74,11 @@ def test_undefined_features_do_not_count() -> None:
     features = table([[0.5]] * 4, [[0.05]] * 4, content=[[np.nan], [-1.0], [np.nan], [-0.8]])
     content = weighted_means(features, np.asarray([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0]])).content
     assert content is not None
-    np.testing.assert_allclose(content[:, 0, 0], [-0.9, -1.0, np.nan])
-    # One prompt alone: undefined means that far attention counts as content.
-    assert named(kinds_per_prompt(features)) == ["gathering", "positional", "gathering", "positional"]
+    np.testing.assert_allclose(content[:, 0, 0], [-0.9, -1.0, -0.9])
+    # A prompt without it takes the others' mean; where no prompt has it, far attention counts as following content.
+    assert named(kinds_per_prompt(features)) == ["positional"] * 4
+    nowhere = table([[0.5]] * 2, [[0.05]] * 2, content=[[np.nan], [np.nan]])
+    assert named(kinds_per_prompt(nowhere)) == ["gathering"] * 2
 
 
 def test_unsure_is_not_mixed() -> None:
@@ -156,6 +158,21 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
+def test_importance_is_headkvs_score_where_prompts_give_it() -> None:
+    nan = np.nan
+    features = table([[0.5, 0.5]] * 3, [[0.1, 0.1]] * 3, reasoning=[[0.25, 0.75], [nan, nan], [0.5, 0.0]])
+    labels = label_heads(features, 0, 20)
+    assert choose_importance(features, "auto", "c.h5") == ("reasoning", 2)
+    assert choose_importance(features, "gain", "c.h5") == ("gain", 3)
+    heads = describe_heads(features, labels, "reasoning")
+    assert [(h["importance"], h["reasoning"], h["gain"]) for h in heads] == [(0.375, 0.375, 0.0)] * 2
+    assert [h["importance"] for h in describe_heads(features, labels, "gain")] == [0.0, 0.0]
+    for without in (table([[0.5]] * 3, [[0.1]] * 3), table([[0.5]] * 3, [[0.1]] * 3, reasoning=[[nan]] * 3)):
+        assert choose_importance(without, "auto", "c.h5") == ("gain", 3)
+        with pytest.raises(DataError, match="no prompt names its evidence"):
+            choose_importance(without, "reasoning", "c.h5")
+
+
 def test_heads_file(captures: Path, loaded: LoadedModel, tmp_path: Path, random_model: Callable[..., Any]) -> None:
     summary = run_classify(captures / "c.h5", tmp_path / "heads.json")
     assert sum(summary.counts.values()) == 2 * 4
@@ -189,7 +206,7 @@ def test_heads_file(captures: Path, loaded: LoadedModel, tmp_path: Path, random_
         assert 0 <= head["far_entropy"] <= 1
     assert heads["missing"] == {}
     assert heads["data"] | {"prompts": ""} == {
-        "n": 8, "task": "niah", "length": 300, "seed": 0, "compress_at": "prompt", "prompts": "", "permute": True,
+        "n": 8, "task": "niah", "length": 300, "seed": 0, "compress_at": "prompt", "prompts": "", "permute": 8,
     }  # fmt: skip
     assert heads["versions"]["capture"]["torch"]
     assert heads["quality"]["heads"]["reliability"]["n_half"] == 4
