@@ -65,6 +65,7 @@ class _Handover:
 
 _installed: ContextVar[Handler | None] = ContextVar("kvtool_handler", default=None)
 _handed: ContextVar[_Handover | None] = ContextVar("kvtool_handover", default=None)
+_watching: ContextVar[Callable[[Handler, AttentionCall], Tensor] | None] = ContextVar("kvtool_watch", default=None)
 
 
 def register() -> None:
@@ -96,6 +97,16 @@ def attention_handler(model: Any, handler: Handler) -> Iterator[None]:
         _installed.reset(token)
         if before != ATTENTION:
             model.set_attn_implementation(before)
+
+
+@contextmanager
+def watch_attention(watch: Callable[[Handler, AttentionCall], Tensor]) -> Iterator[None]:
+    """Let `watch` make all attention calls, whoever handles them: it gets the handler and the call, and returns the handler's output."""
+    token = _watching.set(watch)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
 
 
 def hand_over(keys: Tensor, handler: Handler) -> None:
@@ -151,7 +162,9 @@ def _attention(
         handler: Handler = handed.handler
     else:
         handler = _installed.get() or dense_attention
-    return handler(call).transpose(1, 2).contiguous(), None
+    watch = _watching.get()
+    out = handler(call) if watch is None else watch(handler, call)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def dense_attention(call: AttentionCall) -> Tensor:

@@ -12,7 +12,9 @@ from kvtool.cli_analyze import analyze
 from kvtool.cli_options import (
     compress_option,
     emit,
+    execution_options,
     json_option,
+    load_named,
     model_options,
     out_option,
     policy_options,
@@ -22,10 +24,12 @@ from kvtool.cli_options import (
 )
 from kvtool.cli_plan import plan
 from kvtool.cli_search import search
+from kvtool.cli_stress import shapes, stress
 from kvtool.errors import KvtoolError, MissingDependencyError
 
 if TYPE_CHECKING:
     from kvtool.data.tasks import Encoded
+    from kvtool.executors.execution import Execution
     from kvtool.models import LoadedModel
     from kvtool.policies import Policy
 
@@ -48,14 +52,6 @@ class _OneLineErrors(click.Group):
         except KeyboardInterrupt:
             click.echo("\nkvtool: interrupted; what was written is kept, the same command continues", err=True)
             ctx.exit(130)
-
-
-def _load(model: str, device: str, dtype: str) -> LoadedModel:
-    from kvtool.models import load_model
-    from kvtool.progress import say
-
-    say(f"loading {model}")
-    return load_model(model, device, dtype)
 
 
 def _samples(loaded: LoadedModel, task: str, n: int, length: int, seed: int, template: str | None) -> list[Encoded]:
@@ -89,12 +85,13 @@ def cli() -> None:
 @click.option("--windows", default="8,16,32,64", show_default=True, help="Window sizes of the window statistics, in queries.")
 @click.option("--statistics", default=None, help="Comma-separated selection statistics; default: all.")
 @click.option(
-    "--permute/--no-permute",
-    default=True,
+    "--permute",
+    default=8,
     show_default=True,
-    help="Run each prompt once more with its blocks permuted: do heads follow content or places?",
+    help="Run the first prompts, so many, once more with their blocks permuted: do heads follow content or places?",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be captured and how large it gets; capture nothing.")
+@execution_options
 @out_option("capture.h5", "HDF5 file to write.")
 @json_option
 def capture(
@@ -109,8 +106,9 @@ def capture(
     compress_at: str,
     windows: str,
     statistics: str | None,
-    permute: bool,
+    permute: int,
     dry_run: bool,
+    execution: Execution,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -122,7 +120,7 @@ def capture(
     """
     from kvtool.capture.runner import CaptureConfig, run_capture
 
-    loaded = _load(model, device, dtype)
+    loaded = load_named(model, device, dtype)
     samples = _samples(loaded, task, n, length, seed, template)
     config = CaptureConfig(
         task=task,
@@ -141,8 +139,10 @@ def capture(
         plan = estimate(config, loaded.info, samples)
         emit(as_json, plan, f"{plan.n_samples} samples, about {plan.size_bytes / 1e6:.1f} MB in {out}")
         return
-    summary = run_capture(config, loaded, samples, out)
+    summary = run_capture(config, loaded, samples, out, execution)
     notes = [f"{summary.n_samples} samples in {summary.path} ({summary.size_bytes / 1e6:.1f} MB)"]
+    if summary.n_missing:
+        notes = [f"{summary.n_samples} samples are done, {summary.n_missing} are for other shards; the last one writes {out}"]
     for count, text in (
         (summary.n_reused, "were finished by an earlier run"),
         (summary.n_truncated, "have a longer answer than is probed: its first tokens only"),
@@ -166,9 +166,16 @@ def capture(
     help="Capture of the same model on other prompts, tasks or texts: do the labels stay? Repeat for several.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap and of the splits of prompts.")
+@click.option(
+    "--importance",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "reasoning", "gain"]),
+    help="What headkv and hace share budgets by: HeadKV's score (where prompts name their evidence) or gain.",
+)
 @out_option("heads.json", "JSON file to write.")
 @json_option
-def classify(capture_file: Path, others: tuple[Path, ...], seed: int, out: Path, as_json: bool) -> None:
+def classify(capture_file: Path, others: tuple[Path, ...], seed: int, importance: str, out: Path, as_json: bool) -> None:
     """Head kinds with a confidence that is checked on held-out prompts, and head importance, from a capture.
 
     \b
@@ -177,7 +184,7 @@ def classify(capture_file: Path, others: tuple[Path, ...], seed: int, out: Path,
     """
     from kvtool.classify.runner import run_classify
 
-    summary = run_classify(capture_file, out, seed=seed, others=others)
+    summary = run_classify(capture_file, out, seed=seed, others=others, importance=importance)
     emit(as_json, summary, summary.text())
 
 
@@ -236,7 +243,7 @@ def simulate(
         shortlist_cap=shortlist_cap,
         jobs=jobs,
     )
-    loaded = _load(model, device, dtype) if refine else None
+    loaded = load_named(model, device, dtype) if refine else None
     summary = run_simulate(config, out, loaded)
     emit(as_json, summary, summary.text())
 
@@ -256,6 +263,8 @@ def simulate(
     help="--no-generate feeds the gold answer only: accuracy and loss, no text, task score and speed; about ten times faster.",
 )
 @click.option("--dry-run", is_flag=True, help="List the units that would run; run nothing.")
+@click.option("--retry-failed", is_flag=True, help="Try units again that an earlier run on Ray gave up.")
+@execution_options
 @out_option("infer", "Folder to write.")
 @json_option
 def infer(
@@ -275,6 +284,7 @@ def infer(
     kernel: str,
     generates: bool,
     dry_run: bool,
+    execution: Execution,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -288,7 +298,7 @@ def infer(
     from kvtool.infer.runner import InferConfig, run_infer
 
     chosen = _chosen_policies(policies, retention, heads, shortlist)
-    loaded = _load(model, device, dtype)
+    loaded = load_named(model, device, dtype)
     samples = _samples(loaded, task, n, length, seed, template)
     if dry_run:
         check_moments(chosen, loaded.model)
@@ -305,7 +315,7 @@ def infer(
         kernel=kernel,
         generate=generates,
     )
-    summary = run_infer(config, loaded, samples, chosen, out)
+    summary = run_infer(config, loaded, samples, chosen, out, execution)
     emit(as_json, summary, summary.text())
 
 
@@ -334,7 +344,7 @@ def demo(model: str, device: str, dtype: str, length: int, n: int, out: Path, as
     """
     from kvtool.demo import DemoConfig, run_demo
 
-    loaded = _load(model, device, dtype)
+    loaded = load_named(model, device, dtype)
     summary = run_demo(DemoConfig(model=model, length=length, n=n), loaded, out)
     emit(as_json, summary, summary.text())
 
@@ -399,6 +409,8 @@ def tasks(as_json: bool) -> None:
 cli.add_command(analyze)
 cli.add_command(plan)
 cli.add_command(search)
+cli.add_command(shapes)
+cli.add_command(stress)
 
 
 def main() -> None:

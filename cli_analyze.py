@@ -8,7 +8,7 @@ import click
 
 from kvtool.cli_gaps import gaps
 from kvtool.cli_importance import importance
-from kvtool.cli_options import emit, json_option, model_options, out_option, policy_options, read_budgets
+from kvtool.cli_options import emit, json_option, load_named, model_options, out_option, policy_options, read_budgets
 
 
 @click.group()
@@ -148,10 +148,6 @@ def analyze_compensation(
         draws,
         seed,
     )
-    loaded = None
-    if refine:
-        from kvtool.models import load_model
-
-        loaded = load_model(model, device, dtype)
+    loaded = load_named(model, device, dtype) if refine else None
     summary = run_attribution(config, out, loaded)
     emit(as_json, summary, summary.text())

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from kvtool.cli_options import emit, json_option, model_options, out_option, read_budgets
-
-if TYPE_CHECKING:
-    from kvtool.models import LoadedModel
+from kvtool.cli_options import emit, json_option, load_named, model_options, out_option, read_budgets
 
 
 @click.command("importance")
@@ -75,7 +71,7 @@ def importance(
         expand_policies(policies, budgets, heads=heads)
     cut = CutConfig(str(capture), sink, window)
     facts = measure_captured(capture, out, sink, window)
-    loaded = _load(model, device, dtype) if ablate or policies else None
+    loaded = load_named(model, device, dtype) if ablate or policies else None
     sources, compressed = [out / CAPTURED], None
     if loaded and ablate:
         run_ablation(cut, loaded, out)
@@ -90,11 +86,3 @@ def importance(
         lines.append(f"{file}: importance is {measure}" + (f"; {negative} negative ones are set to 0" if negative else ""))
     found = json.loads((out / "importance.json").read_text(encoding="utf-8"))
     emit(as_json, {**found, "written": {file: measure for measure, file in written}}, "\n".join(lines))
-
-
-def _load(model: str, device: str, dtype: str) -> LoadedModel:
-    from kvtool.models import load_model
-    from kvtool.progress import say
-
-    say(f"loading {model}")
-    return load_model(model, device, dtype)

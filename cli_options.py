@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from kvtool.executors.execution import Execution
+    from kvtool.models import LoadedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_RETENTIONS = "2%,5%,10%,20%,50%"
+
+
+_DEVICE_MAP = "kvtool.device_map"
+
+
+def _note_device_map(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Keep the value for `load_named`: commands hand model, device and dtype on, and nothing else of how a model is loaded."""
+    ctx.meta[_DEVICE_MAP] = value
+
+
+def load_named(model: str, device: str, dtype: str) -> LoadedModel:
+    """Load the model that the options name, and say so."""
+    from kvtool.models import load_model
+    from kvtool.progress import say
+
+    say(f"loading {model}")
+    loaded = load_model(model, device, dtype, click.get_current_context().meta.get(_DEVICE_MAP))
+    if loaded.info.weights:
+        say(
+            f"weights are {loaded.info.weights}, tokenizer {loaded.info.tokenizer}: times and bytes are real, scores mean nothing"
+        )
+    return loaded
 
 
 def model_options(command: Command) -> Command:
@@ -20,7 +47,20 @@ def model_options(command: Command) -> Command:
     for option in (
         click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16."),
         click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."),
-        click.option("--model", "-m", default="tiny", show_default=True, help="tiny (embedded), a model folder, or a hub id."),
+        click.option(
+            "--device-map",
+            default=None,
+            expose_value=False,
+            callback=_note_device_map,
+            help="Spread a model over several GPUs, as accelerate does: auto, balanced, balanced_low_0 or sequential.",
+        ),
+        click.option(
+            "--model",
+            "-m",
+            default="tiny",
+            show_default=True,
+            help="tiny (embedded), a model folder, a hub id, or shape:NAME (random weights; see: kvtool shapes).",
+        ),
     ):
         command = option(command)
     return command
@@ -48,6 +88,54 @@ def compress_option(command: Command) -> Command:
     kinds = click.Choice(["prompt", "context"])
     text = "What a policy sees before it compresses: prompt (context and question) or context (query-agnostic)."
     return click.option("--compress-at", type=kinds, default="prompt", show_default=True, help=text)(command)
+
+
+def execution_options(command: Command) -> Command:
+    """Where the work is done; the command gets one `Execution` for all of them."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> Any:
+        names = ("executor", "shard", "ray_address", "ray_resources", "ray_workers", "ray_tries")
+        asked = {name: options.pop(name) for name in names}
+        execution = _execution(asked, options["device"], options.pop("retry_failed", False))
+        if execution.ray:
+            # The driver needs the model's facts and its tokenizer; its GPUs are for the workers.
+            options["device"], click.get_current_context().meta[_DEVICE_MAP] = "cpu", None
+        return command(**options, execution=execution)
+
+    shard_help = "Do share I of N, counted from 0, e.g. 0/4; run the others elsewhere or later, over the same output."
+    for option in (
+        click.option("--ray-tries", type=int, help="So often may a sample's worker die before it is given up; default: 3."),
+        click.option("--ray-workers", type=int, help="Most workers; default: as many as the cluster has room for."),
+        click.option("--ray-resources", help="Of one worker, e.g. gpu=1,cpu=4; default: cpu=1, and gpu=1 for CUDA."),
+        click.option("--ray-address", help="Ray cluster, host:port; default: RAY_ADDRESS, or this machine."),
+        click.option("--shard", metavar="I/N", help=shard_help),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="ray: on the workers of a Ray cluster (pip install 'kvtool[ray]'). Runs continue with any executor.",
+        ),
+    ):
+        run = option(run)
+    return run  # type: ignore[return-value]
+
+
+def _execution(asked: dict[str, Any], device: str, retry_failed: bool) -> Execution:
+    from kvtool.executors.execution import Execution, RayOptions, Shard
+
+    shard = Shard.parse(asked["shard"]) if asked["shard"] else None
+    for_ray = {name: value for name, value in asked.items() if name.startswith("ray_") and value is not None}
+    if asked["executor"] != "ray":
+        if for_ray:
+            raise click.UsageError(f"--{next(iter(for_ray)).replace('_', '-')} needs --executor ray")
+        return Execution(shard, None, device, retry_failed=retry_failed)
+    from kvtool.executors.ray_pool import import_ray
+
+    import_ray()  # a missing package is better said before the model is loaded
+    options = RayOptions.parse(**{name.removeprefix("ray_"): value for name, value in for_ray.items()})
+    return Execution(shard, options, device, click.get_current_context().meta.get(_DEVICE_MAP), retry_failed)
 
 
 def json_option(command: Command) -> Command:

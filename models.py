@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.attention import ATTENTION, register
-from kvtool.errors import ConfigError, DataError, UnsupportedModelError, near_matches
+from kvtool.device_maps import check_device_map, check_places
+from kvtool.errors import CapacityError, ConfigError, DataError, UnsupportedModelError, is_out_of_memory, near_matches
+from kvtool.shapes import is_shape, parse_shape
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,8 @@ class ModelInfo:
         Native context length in tokens.
     windows : tuple of (int or None)
         Sliding-window width per layer, None for full attention.
+    weights, tokenizer : str
+        What they are where they are not the model's own: random weights of a shape, another model's tokenizer.
     """
 
     model_id: str
@@ -48,6 +52,8 @@ class ModelInfo:
     head_dim: int
     max_positions: int
     windows: tuple[int | None, ...]
+    weights: str = ""
+    tokenizer: str = ""
 
     @property
     def group_size(self) -> int:
@@ -72,22 +78,29 @@ class LoadedModel:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(name: str, device: str = "auto", dtype: str = "auto", device_map: str | None = None) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Parameters
     ----------
     name : str
-        ``"tiny"`` (the embedded model), a local folder in transformers' format, or a hub id.
+        ``"tiny"`` (the embedded model), a local folder in transformers' format, a hub id, or ``"shape:NAME"`` (an architecture with
+        random weights, see `kvtool.shapes`).
     device : str
         ``"auto"`` (CUDA if there is one), or any torch device.
     dtype : str
-        ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        ``"auto"`` (as stored; bfloat16 for a shape), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    device_map : str, optional
+        Spread the layers over several devices, see `kvtool.device_maps`; `device` is not used then.
 
     Raises
     ------
+    ConfigError
+        Unknown shape, device, dtype or device map.
     DataError
         Nothing loadable under that name.
+    CapacityError
+        A shape's weights do not fit into memory.
     UnsupportedModelError
         The model's attention cannot be served.
     """
@@ -96,6 +109,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if is_shape(name):
+        return _load_shape(name, device, dtype, device_map)
     path = str(embedded_folder()) if name == EMBEDDED else name
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DataError(f"model {name!r} not found: give 'tiny', an existing folder with config.json, or a hub id owner/name")
@@ -103,18 +118,46 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         raise DataError(f"model folder {name} has no config.json; give a folder in transformers' format")
     register()
     where = _device(device)
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}.{near_matches(dtype, DTYPES)} Known: {', '.join(DTYPES)}")
+    _check_dtype(dtype)
+    spread = {} if device_map is None else {"device_map": check_device_map(device_map)}
     try:
         tokenizer = load_tokenizer(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=ATTENTION
+            path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation=ATTENTION, **spread
         )
-        model = model.to(where).eval()
+        model = (model if spread else model.to(where)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
         raise DataError(f"model {name!r} cannot be loaded: {line}") from error
+    check_places(getattr(model, "hf_device_map", {}))
     return LoadedModel(model, tokenizer, describe(model, name))
+
+
+def _check_dtype(name: str) -> None:
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}.{near_matches(name, DTYPES)} Known: {', '.join(DTYPES)}")
+
+
+def _load_shape(name: str, device: str, dtype: str, device_map: str | None) -> LoadedModel:
+    """Build an architecture with random weights; texts are cut into tokens by the embedded model's tokenizer."""
+    import torch
+
+    from kvtool.shape_models import build_shape, shape_fingerprint
+
+    register()
+    shape, where = parse_shape(name), _device(device)
+    _check_dtype(dtype)
+    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = build_shape(shape, where, kind, None if device_map is None else check_device_map(device_map))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = shape.n_parameters * kind.itemsize / 1e9
+        raise CapacityError(f"{name}: its weights need {needed:.1f} GB, {where} has no room for them") from error
+    info = describe(model, shape.text, shape_fingerprint(shape, kind))
+    info = replace(info, weights=f"random, seed {shape.seed}", tokenizer=f"of the embedded model {EMBEDDED!r}")
+    return LoadedModel(model, load_tokenizer(str(embedded_folder())), info)
 
 
 def _device(name: str) -> str:
@@ -143,8 +186,8 @@ def embedded_folder() -> Path:
     return Path(__file__).parent / "data" / "tiny"
 
 
-def describe(model: Any, model_id: str) -> ModelInfo:
-    """Read the facts of a loaded transformers model.
+def describe(model: Any, model_id: str, known_fingerprint: str | None = None) -> ModelInfo:
+    """Read the facts of a loaded transformers model; its fingerprint is computed unless it is known.
 
     Raises
     ------
@@ -158,7 +201,7 @@ def describe(model: Any, model_id: str) -> ModelInfo:
     return ModelInfo(
         model_id=model_id,
         architecture=type(model).__name__,
-        fingerprint=fingerprint(model),
+        fingerprint=known_fingerprint or fingerprint(model),
         n_layers=int(config.num_hidden_layers),
         n_heads=n_heads,
         n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
