@@ -23,7 +23,8 @@ from kvtool.infer.hold import Holding, hold, own_bounds
 from kvtool.infer.kernels import check_kernel, pick_kernel
 from kvtool.infer.live import Kept, PromptLayer, choose, clock, observe
 from kvtool.infer.present import decoding_needs
-from kvtool.infer.ragged import ROOM, RaggedStore, StoreBytes
+from kvtool.infer.quantized import QuantizedStore
+from kvtool.infer.ragged import ROOM, StoreBytes
 from kvtool.infer.rotation import cache_positions
 from kvtool.models import rotary
 from kvtool.policies.base import Policy
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvtool.infer.evict import HeldLayer
+    from kvtool.infer.ragged import RaggedStore
     from kvtool.policies.statistics import Rope
 
 UNFINISHED = "an earlier forward through this CompressedCache did not finish; make a new cache"
@@ -54,7 +56,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.held: HeldLayer | None = None
 
     @property
-    def store(self) -> RaggedStore | None:
+    def store(self) -> RaggedStore | QuantizedStore | None:
         """The entries held; None before compression."""
         return None if self.held is None else self.held.store
 
@@ -353,11 +355,11 @@ class CompressedCache(Cache):  # type: ignore[misc]
             raise ConfigError(f"{len(seeds)} seeds were given for a batch of {n_rows} rows")
         return seeds
 
-    def _note_kernel(self, store: RaggedStore) -> None:
+    def _note_kernel(self, store: RaggedStore | QuantizedStore) -> None:
         self.kernels_used.add(pick_kernel(self.kernel, store))
 
     @property
-    def stores(self) -> list[RaggedStore]:
+    def stores(self) -> list[RaggedStore | QuantizedStore]:
         """The stores of all layers; empty before compression."""
         return [layer.store for layer in self.layers if layer.store is not None]
 
@@ -369,6 +371,15 @@ class CompressedCache(Cache):  # type: ignore[misc]
             if layer.held is not None and layer.held.left is not None:
                 total.add(layer.held.left)
         return total
+
+    @property
+    def quantized(self) -> dict[str, float] | None:
+        """Layers that are quantized and those left alone, and the share of all entries in codes; None without quantization."""
+        if not self.policy.quant.active:
+            return None
+        found = [store for store in self.stores if isinstance(store, QuantizedStore)]
+        n_coded, n_all = sum(store.n_coded for store in found), sum(sum(store.lengths) for store in self.stores)
+        return {"layers": len(found), "left_alone": len(self.stores) - len(found), "share": n_coded / n_all if n_all else 0.0}
 
     @property
     def kernel_name(self) -> str:

@@ -18,6 +18,7 @@ from kvtool.errors import ConfigError
 from kvtool.infer.evict import BudgetView, Eviction, HeldLayer, Place, capacities
 from kvtool.infer.live import clock, real_lengths
 from kvtool.infer.present import Present, decoding_needs
+from kvtool.infer.quantized import quantized
 from kvtool.infer.ragged import RaggedStore, Row
 from kvtool.policies.base import Request
 
@@ -94,7 +95,7 @@ class RowPrompt:
         assert self.held.eviction is not None
         lengths, started = self.held.store.lengths, clock(self.held.store.device)
         if not self.free:
-            self.held.evict(self.held.eviction.targets(self.held.store), self.held.present(scaling))
+            self.held.evict(self.held.eviction.targets(self.held.ragged), self.held.present(scaling))
         elif sum(lengths) > self.budget * len(lengths):
             present = self.held.present(scaling)
             self.held.evict(self._share(present), present)
@@ -202,7 +203,8 @@ class ChunkedPrompt:
         if evicts:
             place = replace(first.eviction.place, seeds=how.seeds)
             eviction = Eviction(policy, place, needs, limits, self._recent())
-        return HeldLayer(store, [prompt.length for prompt in self.rows], rope=how.rope, eviction=eviction)
+        held = quantized(store, policy.quant, how.room)
+        return HeldLayer(held, [prompt.length for prompt in self.rows], rope=how.rope, eviction=eviction)
 
     def _recent(self) -> Tensor | None:
         """Return the last queries of all sequences; shorter ones are filled up in front, where no query ever was."""

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from kvtool.errors import ConfigError
 from kvtool.infer.present import DecodeView, Needs, Present, add_attention
+from kvtool.infer.quantized import QuantizedStore
+from kvtool.infer.ragged import RaggedStore
 from kvtool.policies.base import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvtool.attention import AttentionCall
-    from kvtool.infer.ragged import RaggedStore
     from kvtool.infer.rotation import CachePositions
     from kvtool.policies.base import Policy
     from kvtool.policies.leftovers import Leftovers
@@ -186,7 +187,8 @@ class HeldLayer:
 
     Parameters
     ----------
-    store : RaggedStore
+    store : RaggedStore or QuantizedStore
+        A quantized one neither evicts nor rotates.
     seen : sequence of int
         Tokens seen per sequence, padding not counted.
     rope : CachePositions or None
@@ -201,7 +203,7 @@ class HeldLayer:
 
     def __init__(
         self,
-        store: RaggedStore,
+        store: RaggedStore | QuantizedStore,
         seen: Sequence[int],
         *,
         rope: CachePositions | None = None,
@@ -209,7 +211,8 @@ class HeldLayer:
         timed: bool = False,
         left: Leftovers | None = None,
     ) -> None:
-        self.store, self.seen, self.left = store, list(seen), left
+        self.store: RaggedStore | QuantizedStore = store
+        self.seen, self.left = list(seen), left
         self.rope, self.eviction = rope, eviction
         self.timed, self.evict_s = timed, 0.0
         self._room = store.room
@@ -245,29 +248,37 @@ class HeldLayer:
         self.seen = [n + n_new for n in self.seen]
         attended, rotated = self.store, queries
         if self.rope is not None:
-            attended, rotated = self.rope.attended(self.store), self.rope.queries(queries, self.store)
+            attended, rotated = self.rope.attended(self.ragged), self.rope.queries(queries, self.ragged)
         out = dense_attention(call) if dense else ragged_attention(rotated, attended, call.scaling, kernel)
-        if self.eviction is not None:
+        if isinstance(attended, QuantizedStore):
+            attended.settle()
+        elif self.eviction is not None:
             started = clock(self.store.device) if self.timed else 0.0
             self.eviction.note(queries, attended, rotated, call.scaling)
             if self.timed:
                 self.evict_s += clock(self.store.device) - started
             if cut:
-                self.evict(self.eviction.targets(self.store), self.present(call.scaling, attended))
+                self.evict(self.eviction.targets(self.ragged), self.present(call.scaling, attended))
         return out
+
+    @property
+    def ragged(self) -> RaggedStore:
+        """The store of a layer that is not quantized."""
+        assert isinstance(self.store, RaggedStore)
+        return self.store
 
     def present(self, scaling: float, attended: RaggedStore | None = None) -> Present:
         """Return what the layer holds now, as a policy may see it."""
         assert self.eviction is not None
         if attended is None:
-            attended = self.store if self.rope is None else self.rope.attended(self.store)
+            attended = self.ragged if self.rope is None else self.rope.attended(self.ragged)
         return self.eviction.present(attended, self.seen, scaling, self.rope)
 
     def evict(self, targets: Sequence[int], present: Present) -> None:
         """Cut every row to its target, and give back the room of a wide forward."""
         assert self.eviction is not None
-        self.eviction.cut(self.store, present, targets)
-        self.store.shrink(self._room)
+        self.eviction.cut(self.ragged, present, targets)
+        self.ragged.shrink(self._room)
 
     def positions(self) -> list[list[Tensor]]:
         """Return the true positions of all entries, ``[B][H]``, ascending int64; they must be tracked."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvtool.infer.evict import BudgetView, Eviction, HeldLayer, Place, capacities
 from kvtool.infer.live import PromptLayer, build_store
 from kvtool.infer.present import Needs, decoding_needs
+from kvtool.infer.quantized import quantized
 from kvtool.infer.ragged import ROOM, RaggedStore, Row
 from kvtool.policies.base import Request
 from kvtool.policies.leftovers import HeadEntries, LayerTensors, Leftovers, compensate_layer
@@ -107,10 +108,10 @@ def hold(
     free = [prompt.compressible(row) for row in rows]
     if how.policy.compensation.active and any(free):
         store, left = compensated_store(prompt, kept, how)
-        return HeldLayer(store, prompt.lengths, left=left)
+        return HeldLayer(quantized(store, how.policy.quant, how.room), prompt.lengths, left=left)
     if how.policy.when.decode == "grow" or not any(free):
         store = build_store(prompt, kept, how.room, track=how.track, enter=enter)
-        return HeldLayer(store, prompt.lengths, rope=rope)
+        return HeldLayer(quantized(store, how.policy.quant, how.room), prompt.lengths, rope=rope)
     limits: list[int | None] = []
     for row in rows:
         counts = [len(positions) for positions in kept[row]]

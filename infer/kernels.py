@@ -10,6 +10,7 @@ name           where                                 how
 flash-attn     CUDA, half precision, package there   ``flash_attn_with_kvcache`` per bucket
 torch-varlen   CUDA, half precision, torch's own     ``torch.nn.attention.varlen``, one call for all rows
 sdpa-buckets   everywhere                            SDPA per bucket; one call and no copy where all lengths are equal
+dequant-chunks everywhere, quantized stores          float32 sums, codes chunk by chunk, parts merged by log-sum-exp
 reference      everywhere                            literal float64, one row and head at a time
 ============== ===================================== =============================================================
 """
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import ConfigError, near_matches
+from kvtool.infer.quantized import QuantizedStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +33,64 @@ if TYPE_CHECKING:
     from kvtool.infer.ragged import Bucket, RaggedStore
 
 KERNELS = ("auto", "flash-attn", "torch-varlen", "sdpa-buckets", "reference")
+
+#: What runs for a quantized store, unless the reference is asked for.
+DEQUANT = "dequant-chunks"
+
+
+@dataclass(slots=True)
+class Partial:
+    """Attention over a part of the entries, not yet divided by its sum: any number of parts merge exactly.
+
+    Attributes
+    ----------
+    top : Tensor ``[R, M, 1]``
+        Largest logit; the smallest finite number where nothing is visible.
+    total : Tensor ``[R, M, 1]``
+        Sum of ``exp(logit - top)``; the part's log-sum-exp is ``top + log(total)``.
+    weighted : Tensor ``[R, M, D]``
+        The same sum of values.
+    """
+
+    top: Tensor
+    total: Tensor
+    weighted: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, values: Tensor) -> Partial:
+        """Take a part in: logits ``[R, M, n]`` (overwritten; hidden entries are -inf) and values ``[R, n, D]``."""
+        import torch
+
+        top = logits.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+        weights = logits.sub_(top).exp_()
+        return cls(top, weights.sum(dim=-1, keepdim=True), weights @ values)
+
+    @classmethod
+    def join(cls, parts: Sequence[Partial]) -> Partial:
+        """Put parts of different rows one behind the other."""
+        import torch
+
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("top", "total", "weighted")))
+
+    def add(self, other: Partial, rows: Tensor | None = None) -> None:
+        """Merge in place the same queries' attention over other entries, of all rows or of some (int64)."""
+        import torch
+
+        mine = self if rows is None else Partial(*(t.index_select(0, rows) for t in (self.top, self.total, self.weighted)))
+        top = torch.maximum(mine.top, other.top)
+        own, new = (mine.top - top).exp_(), (other.top - top).exp_()
+        total, weighted = own * mine.total + new * other.total, own * mine.weighted + new * other.weighted
+        if rows is None:
+            self.top, self.total, self.weighted = top, total, weighted
+            return
+        for old, merged in ((self.top, top), (self.total, total), (self.weighted, weighted)):
+            old.index_copy_(0, rows, merged)
+
+    def output(self) -> Tensor:
+        """Return the attention over all parts, ``[R, M, D]``."""
+        return self.weighted / self.total
 
 
 def check_kernel(name: str) -> str:
@@ -45,17 +106,20 @@ def check_kernel(name: str) -> str:
     return name
 
 
-def pick_kernel(requested: str, store: RaggedStore) -> str:
+def pick_kernel(requested: str, store: RaggedStore | QuantizedStore) -> str:
     """Return the kernel that will run for this store.
 
     Sliding-window layers hold true positions and need a mask of their own, and entries with a logit bias an additive one:
-    they always run in SDPA buckets (or the reference). The name that is returned, and recorded, says so.
+    they always run in SDPA buckets (or the reference), and quantized stores in chunks of their own (or the reference). The name
+    that is returned, and recorded, says so.
 
     Raises
     ------
     ConfigError
         The requested kernel cannot run here; nothing falls back silently.
     """
+    if isinstance(store, QuantizedStore):
+        return "reference" if check_kernel(requested) == "reference" else DEQUANT
     fit = [name for name in ("flash-attn", "torch-varlen") if _why_not(name, store) is None]
     if check_kernel(requested) == "auto":
         return fit[0] if fit else "sdpa-buckets"
@@ -97,13 +161,13 @@ def _missing(name: str) -> str | None:
     return f"this torch's varlen_attn has no {', '.join(sorted(needed))}" if needed else None
 
 
-def ragged_attention(queries: Tensor, store: RaggedStore, scaling: float, kernel: str = "auto") -> Tensor:
+def ragged_attention(queries: Tensor, store: RaggedStore | QuantizedStore, scaling: float, kernel: str = "auto") -> Tensor:
     """Attention of the newest N entries of every row over all entries of the row.
 
     Parameters
     ----------
     queries : Tensor ``[B, Q, N, D]``
-    store : RaggedStore
+    store : RaggedStore or QuantizedStore
         Holds the keys and values of these N tokens already, as the last ones.
     scaling : float
         Factor of the logits.
@@ -117,6 +181,10 @@ def ragged_attention(queries: Tensor, store: RaggedStore, scaling: float, kernel
     name = pick_kernel(kernel, store)
     if name == "reference":
         return reference_attention(queries, store, scaling)
+    if isinstance(store, QuantizedStore):
+        from kvtool.infer.quantized_attention import quantized_attention
+
+        return quantized_attention(queries, store, scaling)
     if name == "torch-varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -149,7 +217,7 @@ def _sdpa_bucket(queries: Tensor, store: RaggedStore, bucket: Bucket, scaling: f
 
     n_rows, group, n_new, width = queries.shape
     keys, values = store.view(bucket, store.keys), store.view(bucket, store.values)
-    mask = _bucket_mask(store, bucket, n_new)
+    mask = bucket_mask(store, bucket, n_new)
     if mask is not None and mask.shape[1] > 1:
         mask = mask.repeat(1, group, 1)
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -162,7 +230,7 @@ def _sdpa_bucket(queries: Tensor, store: RaggedStore, bucket: Bucket, scaling: f
     return out.view(n_rows, group, n_new, -1)
 
 
-def _bucket_mask(store: RaggedStore, bucket: Bucket, n_new: int) -> Tensor | None:
+def bucket_mask(store: RaggedStore, bucket: Bucket, n_new: int) -> Tensor | None:
     """Return which entries each new token sees, bool ``[R or 1, N, longest]``, or None for all.
 
     With logit biases: what is added to the logits, float ``[R, N, longest]``.
@@ -239,14 +307,15 @@ def varlen_rows(queries: Tensor, store: RaggedStore, scaling: float, attend: Cal
     return out.reshape(n_seqs, n_heads, n_new, -1)
 
 
-def reference_attention(queries: Tensor, store: RaggedStore, scaling: float) -> Tensor:
+def reference_attention(queries: Tensor, store: RaggedStore | QuantizedStore, scaling: float) -> Tensor:
     """Literal float64 attention, one row and query head at a time: what every kernel is tested against."""
     import torch
 
     n_seqs, n_heads, n_new, _ = queries.shape
     group = n_heads // store.n_kv_heads
-    out = queries.new_empty(n_seqs, n_heads, n_new, store.values.shape[1])
-    for r, row in enumerate(store.dense_rows()):
+    rows = list(store.dense_rows())
+    out = queries.new_empty(n_seqs, n_heads, n_new, rows[0].values.shape[1])
+    for r, row in enumerate(rows):
         seq, head = divmod(r, store.n_kv_heads)
         keys, values = row.keys.double(), row.values.double()
         for q in range(head * group, (head + 1) * group):

@@ -33,7 +33,7 @@ RESULTS = (
     *("retention", "entries", "prediction", "prediction_ids", "n_generated", "score"),
     *("answer_accuracy", "answer_exact", "answer_nll", "answer_margin"),
     *("kv_bytes_planned", "kv_bytes_prompt_end", "kv_bytes_generation_end", "kv_bytes_full", "slack_bytes"),
-    *("ttft_s", "compress_s", "tpot_s", "total_s", "kernel", "compensation"),
+    *("ttft_s", "compress_s", "tpot_s", "total_s", "kernel", "compensation", "quantized"),
 )
 
 #: Most free entries per row that a run reserves ahead; longer generations grow the stores.
@@ -98,6 +98,7 @@ class Unit:
             "metric": sample.metric,
             "shared_prefill": not policy.when.chunk,
             **dataclasses.asdict(policy.when),
+            **dataclasses.asdict(policy.quant),
             "meta": dict(sample.meta),
             **dict.fromkeys(RESULTS),
         }
@@ -114,7 +115,8 @@ class Plan:
     n_compressible : int
         Layers that a policy touches.
     total_bytes, full_bytes : int
-        Bytes of keys and values after compression, and without it.
+        Bytes of keys and values after compression, and without it. Scales are counted where entries are quantized: for heads
+        of equal length at first, for those that were chosen after `planned_for`.
     """
 
     entries: int
@@ -129,7 +131,7 @@ def plan(policy: Policy, state: PromptState) -> Plan:
     Raises
     ------
     ConfigError
-        The budget is smaller than the protected entries, or no layer can be compressed at this length.
+        The budget is smaller than the protected entries, or no layer can be compressed (or quantized) at this length.
     """
     entries, planned, full, n_compressible = policy.entries(state.seq_len), 0, 0, 0
     for layer in state.layers:
@@ -137,14 +139,24 @@ def plan(policy: Policy, state: PromptState) -> Plan:
         n_heads, free = int(layer.keys.shape[1]), layer.compressible(0)
         visible = state.seq_len if free or layer.window is None else min(state.seq_len, layer.window - 1)
         n_compressible += free
-        planned += per_entry * n_heads * (entries if free else visible)
+        planned += n_heads * _row_bytes(policy, layer, entries if free else visible)
         full += per_entry * n_heads * visible
     if not n_compressible and not policy.method.keeps_all:
         raise ConfigError(
             f"policy {policy}: every layer has a sliding window shorter than the {state.seq_len} tokens; "
             "nothing can be compressed"
         )
+    if policy.quant.active and all(layer.window is not None for layer in state.layers):
+        raise ConfigError(f"policy {policy}: every layer has a sliding window, and those are not quantized; leave quant= out")
     return Plan(entries, n_compressible, planned, full)
+
+
+def planned_for(planned: Plan, policy: Policy, state: PromptState, kept: Sequence[Sequence[Sequence[Sized]]]) -> Plan:
+    """Return the plan for the entries that each head got, ``[layer][row][KV head]``: scales are per group, not per entry."""
+    if not policy.quant.active:
+        return planned
+    rows = [(layer, len(p)) for layer, rows in zip(state.layers, kept, strict=True) for p in rows[0]]
+    return dataclasses.replace(planned, total_bytes=sum(_row_bytes(policy, layer, n) for layer, n in rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +199,7 @@ def measure(loaded: LoadedModel, unit: Unit, state: PromptState, planned: Plan, 
     start = _start_in_chunks(loaded, unit, state) if policy.when.chunk else _start(loaded, unit, state)
     cache, compress_s, state = start.cache, start.compress_s, start.state
     at_prompt = cache.count_bytes()
+    planned = planned_for(planned, policy, state, start.kept)
     entries = check_plan(policy, planned, state, start.kept, at_prompt)
     record = unit.blank("ok", None)
     record |= {
@@ -198,6 +211,7 @@ def measure(loaded: LoadedModel, unit: Unit, state: PromptState, planned: Plan, 
         "slack_bytes": at_prompt.slack,
         "compress_s": compress_s,
         "compensation": dataclasses.asdict(cache.left) if policy.compensation.active else None,
+        "quantized": cache.quantized,
     }
     if unit.generate or gold is None:
         made = generate(model, state, cache, question, unit.n_new, stop_tokens(model))
@@ -288,7 +302,7 @@ def check_plan(
     exact = policy.exact or policy.method.keeps_all
     wanted = planned.total_bytes
     if not exact:
-        wanted = sum(_entry_bytes(la) * len(p) for la, rows in zip(state.layers, kept, strict=True) for p in rows[0])
+        wanted = sum(_row_bytes(policy, la, len(p)) for la, rows in zip(state.layers, kept, strict=True) for p in rows[0])
     if exact and counts and sum(counts) != planned.entries * len(counts):
         raise KvtoolError(
             f"policy {policy} kept {mean:.3f} entries per KV head, {planned.entries} were planned: "
@@ -300,6 +314,14 @@ def check_plan(
             f"{wanted} were planned"
         )
     return mean
+
+
+def _row_bytes(policy: Policy, layer: PromptLayer, n_entries: int) -> int:
+    """Bytes of the entries of one KV head."""
+    if policy.quant.active and layer.window is None:
+        widths = layer.keys.shape[-1], layer.values.shape[-1]
+        return policy.quant.row_bytes(n_entries, *widths, layer.keys.element_size())
+    return n_entries * _entry_bytes(layer)
 
 
 def _entry_bytes(layer: PromptLayer) -> int:

@@ -170,7 +170,7 @@ class RaggedStore:
         self.room, self.grown = room, 0
         starts = [0] * len(rows)
         total = 0
-        self._members = _buckets(sizes)
+        self._members = buckets_of(sizes)
         #: bucket and index within it of each row
         self.places = [(0, 0)] * len(rows)
         for place, members in enumerate(self._members):
@@ -244,6 +244,10 @@ class RaggedStore:
         # Rows with a capacity are cut back to it after every forward: the room is for the new tokens alone.
         self._lay_out(rows, n_new if self.bounded else max(ROOM, 2 * self.room, n_new))
 
+    def reserve(self, room: int) -> None:
+        """Lay all entries out anew, with `room` free entries per row."""
+        self._lay_out(list(self.dense_rows()), room)
+
     def keep(self, chosen: Tensor, lengths: Sequence[int]) -> None:
         """Drop all entries of every row but the chosen ones, in place and in their order; nothing is laid out anew.
 
@@ -285,7 +289,7 @@ class RaggedStore:
     def shrink(self, room: int) -> None:
         """Give room beyond `room` entries per row back, after a wide forward; rows without a bound need theirs."""
         if self.room > room and self.bounded:
-            self._lay_out(list(self.dense_rows()), room)
+            self.reserve(room)
 
     def _columns(self) -> list[Tensor]:
         """All flat tensors that hold something per entry."""
@@ -325,7 +329,7 @@ class RaggedStore:
             yield Row(self.keys[part], self.values[part], positions, scores, bias)
 
 
-def _buckets(lengths: Sequence[int]) -> list[list[int]]:
+def buckets_of(lengths: Sequence[int]) -> list[list[int]]:
     """Group rows into few buckets of like length, longest first; the padding is bounded by `BUCKET_WASTE`."""
     if min(lengths) == max(lengths):
         return [list(range(len(lengths)))]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from kvtool.errors import ConfigError
 from kvtool.policies.budget import Budget
 from kvtool.policies.compensation import Compensation
+from kvtool.policies.quant import Quant
 from kvtool.policies.when import When
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ class Method(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A method at a budget, with what stands for evicted entries and when entries are dropped.
+    """A method at a budget, with what stands for evicted entries, when entries are dropped and how they are stored.
 
     Attributes
     ----------
@@ -297,12 +298,14 @@ class Policy:
         None only for methods that keep everything (``full``) or bring their own number of entries.
     compensation : Compensation
     when : When
+    quant : Quant
     """
 
     method: Method
     budget: Budget | None = None
     compensation: Compensation = field(default_factory=Compensation)
     when: When = field(default_factory=When)
+    quant: Quant = field(default_factory=Quant)
 
     def __post_init__(self) -> None:
         if self.budget is None and not (self.method.keeps_all or self.method.implies_budget):
@@ -319,6 +322,13 @@ class Policy:
             raise ConfigError(
                 f"policy {self.method.name!r}: compensate={self.compensation.compensate} stands for one cut of a whole prompt with "
                 f"its true rotation, which {moment} does not have; leave one of both out"
+            )
+        if self.quant.active and (self.when.decode == "evict" or self.when.positions == "cache"):
+            why = "decode=evict: entries of a group share a scale and cannot be dropped one by one"
+            if self.when.decode == "grow":
+                why = "positions=cache, which rotates all keys anew at every step"
+            raise ConfigError(
+                f"policy {self.method.name!r}: quant={self.quant.quant} does not go with {why}; leave one of both out"
             )
 
     def __str__(self) -> str:
@@ -338,6 +348,11 @@ class Policy:
         from kvtool.policies.text import parse_policy
 
         return parse_policy(text)
+
+    @property
+    def lossless(self) -> bool:
+        """True for the full cache itself: every entry is kept, as the model made it."""
+        return self.method.keeps_all and not self.quant.active
 
     @property
     def exact(self) -> bool:

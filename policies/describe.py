@@ -11,7 +11,7 @@ from typing import Any
 from kvtool.policies.base import Method
 from kvtool.policies.names import FORMS, METHODS
 from kvtool.policies.registry import method_class, method_classes
-from kvtool.policies.text import OPTIONS, policy_from_dict, text_values
+from kvtool.policies.text import OF_ALL, OPTIONS, policy_from_dict, text_values
 
 #: Columns of a terminal that the texts fit into.
 WIDTH = 100
@@ -41,6 +41,9 @@ OPTION_TEXTS: dict[str, str] = {
     "interval": "with decode=evict: drop that many entries at once",
     "positions": "rotation of kept keys: true positions, or cache (their index in the cache)",
     "chunk": "feed the prompt in chunks of that many tokens and evict between them; 0: at once",
+    "quant": "how entries are stored: none (as the model made them), int8, int4",
+    "quant_group": "entries that share a scale per key channel, and channels of a value that share one, at most",
+    "quant_residual": "last entries of every head that stay as the model made them",
 }
 
 
@@ -107,9 +110,9 @@ def can_decode(method: Method) -> bool:
     return scorer.decodes and all(need.partition("/")[0] in WHILE_DECODING for need in scorer.needs())
 
 
-def policy_options() -> dict[str, dict[str, Any]]:
-    """Return the options that every policy takes: name -> default and what it does."""
-    fields = [f for owner in OPTIONS for f in dataclasses.fields(owner)]
+def policy_options(*, keeps_all: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the options that every policy takes (or those of one that keeps every entry): name -> default and what it does."""
+    fields = [f for owner in (OF_ALL if keeps_all else OPTIONS) for f in dataclasses.fields(owner)]
     return {f.name: {"default": f.default, "text": OPTION_TEXTS[f.name]} for f in fields}
 
 
@@ -194,8 +197,9 @@ def show(facts: Mapping[str, Any]) -> str:
         lines += _wrap(text, f"  {label:<11} ", " " * 14) if text else []
     for paragraph in facts["doc"].split("\n\n"):
         lines += ["", *_wrap(" ".join(paragraph.split()))]
-    if facts["budget"] != "none":
-        lines += ["", "Options of every policy:", *_option_lines(policy_options().items())]
+    keeps_all = facts["budget"] == "none"
+    title = "Options:" if keeps_all else "Options of every policy:"
+    lines += ["", title, *_option_lines(policy_options(keeps_all=keeps_all).items())]
     return "\n".join(lines)
 
 

@@ -12,12 +12,16 @@ from kvtool.policies.budget import Budget
 from kvtool.policies.compensation import Compensation
 from kvtool.policies.headfile import with_heads
 from kvtool.policies.names import OWN, is_policy_file, policy_file_values, study_values
+from kvtool.policies.quant import Quant
 from kvtool.policies.registry import method_class, method_classes
 from kvtool.policies.when import When
 from kvtool.progress import say
 
 #: Options that every method takes beside its own parameters, in the order of the text form.
-OPTIONS: tuple[type[Compensation] | type[When], ...] = (Compensation, When)
+OPTIONS: tuple[type[Compensation] | type[When] | type[Quant], ...] = (Compensation, When, Quant)
+
+#: Those that a method takes which keeps every entry.
+OF_ALL = (Quant,)
 
 
 def parse_policy(text: str) -> Policy:
@@ -67,7 +71,7 @@ def _budget(policy: Policy) -> list[str]:
 
 
 def _format_policy(policy: Policy, items: list[str]) -> str:
-    for part in (policy.method, policy.compensation, policy.when):
+    for part in (policy.method, policy.compensation, policy.when, policy.quant):
         items = items + [f"{k}={_format(v)}" for k, v in _changed(part).items()]
     return policy.method.name + (":" + ",".join(items) if items else "")
 
@@ -89,9 +93,10 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
     for key, value in rest.items():
         if key not in owners:
             names = [*([] if cls.keeps_all else ["budget"]), *(f.name for f in dataclasses.fields(cls))]
-            options = [] if cls.keeps_all else [name for name in owners if name not in names]
+            fit = OF_ALL if cls.keeps_all else OPTIONS
+            options = [name for name, owner in owners.items() if owner in fit and name not in names]
             known = ", ".join(names) or "none"
-            more = f"; options of every policy: {', '.join(options)}" if options else ""
+            more = f"; options{'' if cls.keeps_all else ' of every policy'}: {', '.join(options)}"
             raise ConfigError(
                 f"policy {cls.name!r} has no parameter {key!r}.{near_matches(key, [*names, *options])} Known: {known}{more}"
             )
@@ -99,15 +104,16 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
         arguments[owner][key] = _convert(cls.name, key, value, get_type_hints(owner)[key])
     try:
         compensation, when = Compensation(**arguments[Compensation]), When(**arguments[When])
+        quant = Quant(**arguments[Quant])
     except ConfigError as error:
         raise ConfigError(f"policy {cls.name!r}: {error}") from error
-    return Policy(cls(**arguments[cls]), None if budget is None else Budget.parse(str(budget)), compensation, when)
+    return Policy(cls(**arguments[cls]), None if budget is None else Budget.parse(str(budget)), compensation, when, quant)
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """Return the dict form: every parameter of the method spelled out, and the options that differ from the default."""
     budget = dict.fromkeys(("budget",), text[0]) if (text := _budget(policy)) else {}
-    options = {**_changed(policy.compensation), **_changed(policy.when)}
+    options = {**_changed(policy.compensation), **_changed(policy.when), **_changed(policy.quant)}
     return {"name": policy.method.name, **budget, **policy.method.parameters(), **options}
 
 
@@ -116,7 +122,7 @@ def method_key(policy: Policy) -> str:
     return _format_policy(policy, [])
 
 
-def _changed(part: Method | Compensation | When) -> dict[str, Any]:
+def _changed(part: Method | Compensation | When | Quant) -> dict[str, Any]:
     values = {f.name: (getattr(part, f.name), f.default) for f in dataclasses.fields(part)}
     return {name: value for name, (value, default) in values.items() if value != default}
 

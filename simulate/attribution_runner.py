@@ -193,6 +193,8 @@ def _refuse(policies: Sequence[Policy]) -> None:
             raise ConfigError(
                 f"policy {policy} evicts while decoding or in chunks, where compensation is not possible; leave that out"
             )
+        if policy.quant.active:
+            raise ConfigError(f"policy {policy}: what stands for evicted entries is compared unquantized; leave quant= out")
         if policy.method.keeps_all:
             raise ConfigError(f"policy {policy} evicts nothing; give one that does, such as snapkv")
 

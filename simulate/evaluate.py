@@ -197,7 +197,7 @@ def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[
 def _untouched(sample: CapturedSample, policy: Policy) -> Prediction:
     """No layer can be compressed at this length: only the full cache has figures, as in a real run."""
     if policy.method.keeps_all:
-        return Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0, head_harm=0.0, missing=0.0)
+        return Prediction(sample.seq_len, 1.0, 0.0, 0.0, 0.0, 1.0, head_harm=0.0, missing=0.0, note=_quantized_note(policy))
     message = (
         f"policy {policy}: every layer has a sliding window shorter than the {sample.seq_len} tokens; nothing can be compressed"
     )
@@ -283,7 +283,18 @@ def _mean_slots(policy: Policy, counts: NDArray[np.int64], stand: Stand) -> floa
 
 
 def _note(policy: Policy, floored: float) -> str | None:
-    """Say what the first-order figures leave out: of a compensation, and of what happens while decoding."""
+    """Say what the figures leave out: of quantization, of a compensation, and of what happens while decoding."""
+    notes = [_quantized_note(policy), _left_out(policy, floored)]
+    return "; ".join(filter(None, notes)) or None
+
+
+def _quantized_note(policy: Policy) -> str | None:
+    if not policy.quant.active:
+        return None
+    return f"predicted as if nothing were quantized: what {policy.quant.quant} costs shows when the configuration is run"
+
+
+def _left_out(policy: Policy, floored: float) -> str | None:
     if policy.when != When():
         return "predicted as what it keeps of the prompt: what happens while decoding shows when the configuration is run"
     kind = policy.compensation.compensate

@@ -140,9 +140,9 @@ def _refuse(policies: Sequence[Policy]) -> None:
     if not policies:
         raise ConfigError("gaps: full keeps everything and loses nothing; name policies that drop entries")
     for policy in policies:
-        if policy.compensation.active or policy.when != When():
+        if policy.compensation.active or policy.when != When() or policy.quant.active:
             raise ConfigError(
-                f"policy {policy}: gaps are of what is kept of a prompt; leave compensate=, decode=, positions= and chunk= out "
+                f"policy {policy}: gaps are of what is kept of a prompt; leave compensate=, decode=, positions=, chunk= and quant= out "
                 "(kvtool analyze compensation explains representatives)"
             )
 

@@ -150,9 +150,9 @@ def _refuse_unplannable(policy: Policy) -> None:
         raise ConfigError(f"policy {policy} keeps everything; there are no budgets to plan")
     if policy.method.simulate_only:
         raise ConfigError(f"policy {policy} looks into the future; no real run can follow such a plan")
-    if policy.compensation.active or policy.when != When():
+    if policy.compensation.active or policy.when != When() or policy.quant.active:
         raise ConfigError(
-            f"policy {policy}: a plan holds what is kept of a prompt; leave compensate=, decode=, positions= and chunk= out, "
+            f"policy {policy}: a plan holds what is kept of a prompt; leave compensate=, decode=, positions=, chunk= and quant= out, "
             "and give them to plan:file=... when you run it"
         )
 

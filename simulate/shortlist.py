@@ -74,7 +74,7 @@ def make_shortlist(
         group = sorted((r for r in able if r.budget == budget), key=lambda r: (_mean(r), r.policy))
         if budget is None:
             # The full cache is run anyway.
-            group = [row for row in group if not Policy.parse(row.policy).method.keeps_all]
+            group = [row for row in group if not Policy.parse(row.policy).lossless]
         rivals = _rivals(group, able if budget is None else group)
         tied = [
             row
@@ -123,7 +123,8 @@ def _represented(rows: Sequence[Row]) -> dict[str, list[str]]:
         policy = Policy.parse(row.policy)
         # Sums of the same entries in another order differ in the last digits.
         figures = tuple(float(f"{value:.9g}") for values in row.per_sample.values() for value in values)
-        key = row.policy if _is_control(row) else (policy.compensation, policy.when, f"{row.entries:.6g}", figures)
+        options = (policy.compensation, policy.when, policy.quant)
+        key = row.policy if _is_control(row) else (options, f"{row.entries:.6g}", figures)
         groups.setdefault((key,), []).append(row.policy)
     found = {}
     for names in groups.values():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvtool.infer.kernels import ragged_attention
-from kvtool.infer.ragged import BUCKET_WASTE, ROOM, RaggedStore, Row, _buckets
+from kvtool.infer.ragged import BUCKET_WASTE, ROOM, RaggedStore, Row, buckets_of
 
 
 def build(lengths: list[int], n_seqs: int = 1, room: int = ROOM, window: int | None = None) -> tuple[RaggedStore, list[Row]]:
@@ -61,7 +61,7 @@ def test_buckets_bound_the_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     for n_rows in (2, 8, 32, 128):
         lengths = torch.randint(1, 1000, (n_rows,), generator=generator).tolist()
-        groups = _buckets(lengths)
+        groups = buckets_of(lengths)
         assert sorted(r for g in groups for r in g) == list(range(n_rows))
         padding = sum(lengths[g[0]] - lengths[r] for g in groups for r in g)
         assert padding <= BUCKET_WASTE * sum(lengths)
