@@ -133,7 +133,7 @@ def _end_of_whole_lines(file: IO[bytes]) -> int:
     return 0
 
 
-def open_run(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
+def open_run(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, Any], *, clean: bool = True) -> bool:
     """Claim `folder` for a run with this configuration.
 
     Parameters
@@ -144,6 +144,8 @@ def open_run(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, A
         Everything that decides the result; JSON values.
     provenance : mapping
         Everything else worth keeping (versions, machine, start time).
+    clean : bool
+        Remove temporary files that a killed run left; not while other processes write into the folder.
 
     Returns
     -------
@@ -160,7 +162,7 @@ def open_run(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, A
     if file.exists():
         old = read_run(folder)["config"]
         refuse_other(folder, old, config)
-        for leftover in folder.glob(".*.tmp"):  # of atomic writes that a kill cut short
+        for leftover in folder.glob(".*.tmp") if clean else ():  # of atomic writes that a kill cut short
             leftover.unlink(missing_ok=True)
         return True
     record = {"schema": RUN_SCHEMA, "config_hash": config_hash(config), "config": config, "provenance": dict(provenance)}

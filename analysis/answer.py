@@ -111,7 +111,11 @@ def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int)
 def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
     """Return what a reader must know before believing the figures."""
     found = []
-    for status, text in (("impossible", "cannot run: the budget is below the protected entries"), ("oom", "ran out of memory")):
+    for status, text in (
+        ("impossible", "cannot run: the budget is below the protected entries"),
+        ("oom", "ran out of memory"),
+        ("failed", "were given up: every worker that ran them died"),
+    ):
         names = [r.policy for r in rows if r.status == status]
         if names:
             found.append(f"{len(names)} configurations {text}: {', '.join(names)}")

@@ -85,6 +85,8 @@ class LeftOut:
     impossible : int
         The budget is below the protected entries, in the simulation or in the run.
     out_of_memory : int
+    failed : int
+        Given up, as every worker that ran one of its samples died.
     not_run : int
         Simulated only.
     alone : int
@@ -94,6 +96,7 @@ class LeftOut:
     degenerate: int = 0
     impossible: int = 0
     out_of_memory: int = 0
+    failed: int = 0
     not_run: int = 0
     alone: int = 0
 
@@ -167,6 +170,8 @@ def _why_left_out(row: dict[str, Any], reality: Reality) -> str | None:
         return "degenerate"
     if not records:
         return "not_run"
+    if "failed" in statuses:
+        return "failed"
     return "out_of_memory" if statuses != {"ok"} else None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.errors import ConfigError, DataError
+from kvtool.executors.records import read_units
 from kvtool.files import read_records, read_run
 
 Float = NDArray[np.float64]
@@ -120,7 +121,7 @@ def load_reality(folder: Path) -> Reality:
     DataError
         Missing or damaged, or no sample is complete.
     """
-    run, records = read_run(folder), read_records(folder / "records.jsonl")
+    run, records = read_run(folder), read_units(folder)
     wanted = run["config"].get("policies", [])
     seen: dict[str, set[str]] = {}
     for record in records:

@@ -26,7 +26,7 @@ class TableRow:
     policy, method : str
     budget : str or None
     status : str
-        ``"ok"``, ``"oom"`` or ``"impossible"``.
+        ``"ok"``, ``"oom"``, ``"impossible"`` or ``"failed"``.
     message : str or None
     degenerate : bool
     retention : float or None

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvtool.errors import CapacityError, ConfigError, DataError, is_out_of_memory
+from kvtool.errors import ConfigError, DataError
+from kvtool.executors.execution import LOCAL, Execution
 from kvtool.models import LoadedModel, ModelInfo, check_length, tokenizer_hash, unknown_statistics
 from kvtool.policies.statistics import KINDS, default_statistics, parse_statistic
 from kvtool.progress import say, track
@@ -44,8 +45,8 @@ class CaptureConfig:
         Answer tokens that are probed, at most.
     feature_rows : int
         Query rows for the head features, evenly spaced.
-    permute : bool
-        Run each prompt a second time with its blocks permuted, for the content-versus-slot score of the heads.
+    permute : int
+        Run the first prompts, this many, a second time with their blocks permuted, for the content-versus-slot score of the heads.
     """
 
     task: str
@@ -58,12 +59,12 @@ class CaptureConfig:
     statistics: tuple[str, ...] | None = None
     answer_tokens: int = 64
     feature_rows: int = 256
-    permute: bool = True
+    permute: int = 8
 
     def __post_init__(self) -> None:
         if self.compress_at not in ("prompt", "context"):
             raise ConfigError(f"compress_at={self.compress_at!r}; choose 'prompt' or 'context'")
-        for name, low in (("n", 1), ("answer_tokens", 2), ("feature_rows", 1)):
+        for name, low in (("n", 1), ("answer_tokens", 2), ("feature_rows", 1), ("permute", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"capture: {name}={getattr(self, name)} must be at least {low}")
         if any(w < 1 for w in self.windows):
@@ -104,6 +105,9 @@ class CaptureSummary:
         Samples without a content-versus-slot score though one was asked for: fewer than two blocks to permute.
     skipped : dict of str to str
         Head scores of the model that could not be computed, and why.
+    n_missing : int
+        Samples that are for other shards to do. While there are any, there is no file yet: `n_samples` and `size_bytes` are of
+        what lies in ``<path>.parts``, and the other counts are 0.
     """
 
     path: Path
@@ -116,6 +120,7 @@ class CaptureSummary:
     n_kept_layers: int
     n_unpermuted: int
     skipped: dict[str, str]
+    n_missing: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +168,13 @@ def estimate(config: CaptureConfig, info: ModelInfo, samples: Sequence[Encoded])
     return CaptureEstimate(len(samples), total, max(len(sample.prompt_ids) for sample in samples))
 
 
-def run_capture(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded], out: str | Path) -> CaptureSummary:
+def run_capture(
+    config: CaptureConfig,
+    loaded: LoadedModel,
+    samples: Sequence[Encoded],
+    out: str | Path,
+    execution: Execution = LOCAL,
+) -> CaptureSummary:
     """Capture all samples into `out`; stopped at any moment, the same call continues.
 
     Parameters
@@ -173,47 +184,68 @@ def run_capture(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[En
     samples : sequence of Encoded
         Of `kvtool.data.tasks.load_task`, with the config's task, n, length and seed.
     out : path
-        The final HDF5 file; unfinished work lies in ``<out>.parts``.
+        The final HDF5 file; unfinished work lies in ``<out>.parts``, one file per sample.
+    execution : Execution
+        Where the samples run. A capture may be continued with another one.
 
     Raises
     ------
     ConfigError
-        `out` holds a capture of another configuration, or a prompt exceeds the model's context.
+        `out` holds a capture of another configuration, another process is at work on it, or a prompt exceeds the model's
+        context.
     CapacityError
         Out of memory or disk; finished samples are kept.
     """
     from kvtool.capture.reader import parts_folder
-    from kvtool.capture.store import assemble, clean_parts, remove_parts, to_json
-    from kvtool.files import disk_errors, open_run, refuse_other
+    from kvtool.capture.store import clean_parts, remove_parts
+    from kvtool.executors.claims import claimed
+    from kvtool.files import config_hash, open_run, refuse_other
 
     out = Path(out)
     if not samples:
         raise DataError(f"task {config.task!r} gave no samples; there is nothing to capture")
     for sample in samples:
         check_length(loaded.info, _n_tokens(sample, config), f"sample {sample.sample.id}")
-    identity, provenance, folder = run_identity(config, loaded, samples), versions(), parts_folder(out)
+    identity, folder = run_identity(config, loaded, samples), parts_folder(out)
     if left_out := sorted(set(config.names()) - set(identity["statistics"])):
         say(f"capture: without {', '.join(left_out)}: the model does not show what they are computed from")
+
+    def begin(alone: bool) -> None:
+        if out.exists():
+            refuse_other(out, _finished_config(out), identity)
+            return
+        open_run(folder, identity, {"versions": versions()}, clean=alone)
+        clean_parts(folder, config_hash(identity), temporary=alone)
+
     if out.exists():
-        refuse_other(out, _finished_config(out), identity)
+        begin(alone=False)
         remove_parts(folder)
         return _summary(out, len(samples))
-    with disk_errors(out):
-        folder.mkdir(parents=True, exist_ok=True)
-    open_run(folder, identity, {"versions": provenance})
-    clean_parts(folder)
-    parts = [folder / f"{index:05d}.h5" for index in range(len(samples))]
-    n_reused = _capture_missing(config, loaded, samples, parts)
-    attrs = {
-        "config": to_json(identity),
-        "model": to_json(dataclasses.asdict(loaded.info)),
-        "tokenizer_hash": identity["tokenizer"],
-        "versions": to_json(provenance),
-        "created": _now(),
-    }
-    assemble(parts, out, attrs, {"repeats": _repeats(loaded)})
-    remove_parts(folder)
-    return _summary(out, n_reused)
+    with claimed(folder, execution.shard, begin) as claim:
+        parts = [folder / f"{index:05d}.h5" for index in range(len(samples))]
+        n_reused = _capture_missing(config, loaded, samples, parts, config_hash(identity), execution, out)
+        missing = claim.finish(lambda alone: _finish(loaded, identity, parts, out, alone))
+    return _partial_summary(out, parts, n_reused) if missing else _summary(out, n_reused)
+
+
+def _finish(loaded: LoadedModel, identity: dict[str, Any], parts: Sequence[Path], out: Path, alone: bool) -> int:
+    """Put the parts together if all are there and nobody else has done it; returns how many are missing."""
+    from kvtool.capture.store import assemble, remove_parts, to_json
+
+    if not out.exists():
+        if missing := sum(not part.exists() for part in parts):
+            return missing
+        attrs = {
+            "config": to_json(identity),
+            "model": to_json(dataclasses.asdict(loaded.info)),
+            "tokenizer_hash": identity["tokenizer"],
+            "versions": to_json(versions()),
+            "created": _now(),
+        }
+        assemble(list(parts), out, attrs, {"repeats": _repeats(loaded)})
+    if alone:
+        remove_parts(parts[0].parent)
+    return 0
 
 
 def _repeats(loaded: LoadedModel) -> StoredSample:
@@ -228,17 +260,27 @@ def _repeats(loaded: LoadedModel) -> StoredSample:
     return StoredSample(facts, {name: StoredArray(values) for name, values in found.scores.items()})
 
 
-def _capture_missing(config: CaptureConfig, loaded: LoadedModel, samples: Sequence[Encoded], parts: list[Path]) -> int:
-    """Capture the samples whose part is missing; returns how many were there."""
-    from kvtool.capture.sample import capture_sample
+def _capture_missing(
+    config: CaptureConfig,
+    loaded: LoadedModel,
+    samples: Sequence[Encoded],
+    parts: Sequence[Path],
+    run: str,
+    execution: Execution,
+    out: Path,
+) -> int:
+    """Capture the samples of this share whose part is missing; returns how many were there."""
+    from kvtool.capture.produce import made_here, made_on_ray
     from kvtool.capture.store import write_part
 
-    todo = [index for index, part in enumerate(parts) if not part.exists()]
-    done = len(samples) - len(todo)
-    for index in track(todo, len(samples), "capture", done):
-        with _memory_errors(samples[index]):
-            stored: StoredSample = capture_sample(config, loaded, samples[index])
-        write_part(parts[index], stored)
+    mine = [index for index in range(len(parts)) if execution.mine(index)]
+    todo = [] if out.exists() else [index for index in mine if not parts[index].exists()]
+    done = len(mine) - len(todo)
+    made = (made_on_ray if execution.ray else made_here)(config, loaded, samples, todo, run, execution)
+    for index, image in track(made, len(mine), "capture", done):
+        if out.exists():  # shards of other counts have finished it meanwhile
+            break
+        write_part(parts[index], image)
     return done
 
 
@@ -288,22 +330,6 @@ def _finished_config(out: Path) -> dict[str, Any]:
         return capture.config
 
 
-class _memory_errors:
-    """Turn running out of memory into one clear line."""
-
-    def __init__(self, sample: Encoded) -> None:
-        self.what = f"sample {sample.sample.id} ({len(sample.prompt_ids)} tokens)"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if is_out_of_memory(error):
-            raise CapacityError(
-                f"out of memory while capturing {self.what}; finished samples are kept. Use shorter prompts or fewer answer tokens"
-            ) from error
-
-
 def _summary(out: Path, n_reused: int) -> CaptureSummary:
     from kvtool.capture.reader import open_capture
 
@@ -318,12 +344,18 @@ def _summary(out: Path, n_reused: int) -> CaptureSummary:
             n_model_answers=sum(s.answer_source == "model" for s in samples),
             n_without_margins=sum(s.n_probe == 0 for s in samples),
             n_kept_layers=sum(s.compressible.count(False) for s in samples),
-            n_unpermuted=sum(s.features().content_follow is None for s in samples) if capture.config.get("permute") else 0,
+            n_unpermuted=sum(s.features().content_follow is None for s in samples[: int(capture.config.get("permute") or 0)]),
             skipped=capture.repeats().skipped,
         )
     for line in _notes(summary):
         say(line)
     return summary
+
+
+def _partial_summary(out: Path, parts: Sequence[Path], n_reused: int) -> CaptureSummary:
+    there = [part for part in parts if part.exists()]
+    size = sum(part.stat().st_size for part in there)
+    return CaptureSummary(out, len(there), n_reused, size, 0, 0, 0, 0, 0, {}, n_missing=len(parts) - len(there))
 
 
 def _notes(summary: CaptureSummary) -> Iterator[str]:

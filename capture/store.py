@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,21 +81,40 @@ def to_half(layers: list[NDArray[np.float32]], what: str) -> StoredArray:
     return StoredArray(half, True, {"scale": scales})
 
 
-def write_part(path: Path, sample: StoredSample) -> None:
-    """Write one sample to its own file, atomically; the mark ``complete`` is written last.
+def part_image(sample: StoredSample, run: str) -> memoryview:
+    """Return the file of one sample as bytes; the mark ``complete`` is written last.
+
+    Parameters
+    ----------
+    sample : StoredSample
+    run : str
+        Hash of the capture's identity: parts that were copied together must be of one capture.
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w", libver="v110") as file:
+        file.attrs["run"] = run
+        group = file.create_group(_GROUP)
+        _write_group(group, sample)
+        file.flush()
+        group.attrs["complete"] = True
+    return image.getbuffer()
+
+
+def write_part(path: Path, image: Any) -> None:
+    """Write one sample to its own file, atomically.
+
+    Parameters
+    ----------
+    path : Path
+    image : buffer
+        Of `part_image`, made here or on another machine.
 
     Raises
     ------
     CapacityError
         The disk is full; earlier samples are intact.
     """
-    image = io.BytesIO()
-    with h5py.File(image, "w", libver="v110") as file:
-        group = file.create_group(_GROUP)
-        _write_group(group, sample)
-        file.flush()
-        group.attrs["complete"] = True
-    write_atomic(path, lambda target: target.write(image.getbuffer()))
+    write_atomic(path, lambda target: target.write(image))
 
 
 def _write_group(group: Any, sample: StoredSample) -> None:
@@ -116,22 +136,31 @@ def _write_array(group: Any, key: str, stored: StoredArray) -> None:
         dataset.attrs[name] = value
 
 
-def is_complete(path: Path) -> bool:
-    """Return whether a part can be opened and carries the mark ``complete``."""
+def part_run(path: Path) -> str | None:
+    """Return which capture a part is of, or None if it cannot be opened or lacks the mark ``complete``."""
     try:
         with h5py.File(path, "r") as file:
-            return bool(file[_GROUP].attrs.get("complete", False))
+            return str(file.attrs["run"]) if bool(file[_GROUP].attrs.get("complete", False)) else None
     except (OSError, KeyError, RuntimeError):
-        return False
+        return None
 
 
-def clean_parts(folder: Path) -> None:
-    """Remove what a killed run left half-written: temporary files and parts without their mark."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-    for path in folder.glob("[0-9]*.h5"):
-        if not is_complete(path):
+def clean_parts(folder: Path, run: str, *, temporary: bool = True) -> None:
+    """Remove parts that a killed run or copy left half-written and, unless others are at work, temporary files.
+
+    Raises
+    ------
+    DataError
+        A part is of another capture; nothing is removed then.
+    """
+    found = {path: part_run(path) for path in folder.glob("[0-9]*.h5")}
+    if foreign := [path for path, its_run in found.items() if its_run not in (None, run)]:
+        raise DataError(f"captured sample {foreign[0]} is of another capture; move it to that capture's folder")
+    for path, its_run in found.items():
+        if its_run is None:
             path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp") if temporary else ():
+        path.unlink(missing_ok=True)
 
 
 def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any], shared: Mapping[str, StoredSample] | None = None) -> None:
@@ -142,7 +171,7 @@ def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any], shared: Map
     parts : list of Path
         In the order of their numbers; each complete.
     out : Path
-        Final file; the temporary one lies beside the parts.
+        Final file; a temporary one lies beside the parts.
     attrs : mapping
         Root attributes; the schema is added.
     shared : mapping, optional
@@ -155,7 +184,8 @@ def assemble(parts: list[Path], out: Path, attrs: Mapping[str, Any], shared: Map
     DataError
         A part is damaged.
     """
-    temporary = parts[0].parent / ".capture.tmp"
+    # Two shards may both be the last where the file system has no locks: the same content under two names, then one rename.
+    temporary = parts[0].parent / f".capture.{secrets.token_hex(4)}.tmp"
     with disk_errors(out):
         try:
             # All space is claimed before HDF5 starts: libhdf5 may crash the process when a write fails.

@@ -6,18 +6,22 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvtool.errors import ConfigError, DataError
-from kvtool.files import append_records, open_run, read_records
+from kvtool.executors.claims import claimed
+from kvtool.executors.execution import LOCAL, Execution
+from kvtool.executors.records import GIVEN_UP, RecordStore
+from kvtool.executors.records import RECORDS as RECORDS
+from kvtool.files import append_records, open_run, read_run
 from kvtool.models import LoadedModel, check_length, tokenizer_hash
 from kvtool.policies.base import Policy
 from kvtool.policies.headfile import check_heads
 from kvtool.policies.select import refuse_impossible
-from kvtool.progress import track
+from kvtool.progress import say, track
 
 if TYPE_CHECKING:
     from kvtool.data.tasks import Encoded
@@ -25,8 +29,10 @@ if TYPE_CHECKING:
     from kvtool.infer.summary import PolicyRow
 
 SCHEMA = "kvtool.infer/1"
-RECORDS = "records.jsonl"
 PACKAGES = ("torch", "transformers", "numpy")
+
+#: A record, and facts about the machine that made it if it was not this process.
+Made = tuple[dict[str, Any], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,10 @@ class InferSummary:
         Units that an earlier, stopped run had finished.
     n_oom, n_impossible : int
         Units without a result: out of memory; a policy that cannot run on that prompt.
+    n_failed : int
+        Units that were given up, as every worker that ran them died.
+    n_missing : int
+        Units that are for other shards to do.
     rows : tuple of PolicyRow
         One per policy, the full cache first.
     seconds : float
@@ -101,6 +111,8 @@ class InferSummary:
     n_reused: int
     n_oom: int
     n_impossible: int
+    n_failed: int
+    n_missing: int
     rows: tuple[PolicyRow, ...]
     seconds: float
 
@@ -111,6 +123,9 @@ class InferSummary:
         notes = [f"{self.n_units} units ({self.n_reused} from an earlier run) in {self.folder}"]
         notes += [f"{self.n_oom} units ran out of memory"] if self.n_oom else []
         notes += [f"{self.n_impossible} units are impossible: {_why(self.rows)}"] if self.n_impossible else []
+        notes += [f"{self.n_failed} units failed; --retry-failed tries them again"] if self.n_failed else []
+        if self.n_missing:
+            notes.append(f"{self.n_missing} units are missing: the table is of what is there. The last shard puts all together")
         return "\n".join([text_table(self.rows), "", *notes])
 
 
@@ -119,7 +134,12 @@ def _why(rows: Sequence[PolicyRow]) -> str:
 
 
 def run_infer(
-    config: InferConfig, loaded: LoadedModel, samples: Sequence[Encoded], policies: Sequence[Policy], out: str | Path
+    config: InferConfig,
+    loaded: LoadedModel,
+    samples: Sequence[Encoded],
+    policies: Sequence[Policy],
+    out: str | Path,
+    execution: Execution = LOCAL,
 ) -> InferSummary:
     """Run every policy, and the full cache, on every sample; stopped at any moment, the same call continues.
 
@@ -133,18 +153,19 @@ def run_infer(
         The full cache is added in front if it is missing; repeated ones run once.
     out : path
         Output folder.
+    execution : Execution
+        Where the units run. A run may be continued with another one.
 
     Raises
     ------
     ConfigError
-        The folder holds another run, a prompt exceeds the model's context, or an unknown kernel.
+        The folder holds another run or another process is at work there, a prompt exceeds the model's context, or an unknown
+        kernel.
     DataError
         No samples, or damaged records.
     """
     from kvtool.infer.cache import check_moments
     from kvtool.infer.kernels import check_kernel
-    from kvtool.infer.summary import summarize
-    from kvtool.infer.units import run_samples
 
     folder, began = Path(out), time.monotonic()
     check_kernel(config.kernel)
@@ -156,28 +177,77 @@ def run_infer(
     check_moments(wanted, loaded.model)
     at_context = config.compress_at == "context"
     refuse_impossible(wanted, [len(s.context_ids if at_context else s.prompt_ids) for s in samples])
-    resumed = open_run(folder, run_identity(config, loaded, samples, wanted), provenance(loaded))
-    path = folder / RECORDS
-    found = {record["unit"]: record for record in read_records(path)} if resumed else {}
-    n_reused = len(found)
+    identity, facts = run_identity(config, loaded, samples, wanted), provenance(loaded)
     units = [[_unit(config, sample, policy) for policy in wanted] for sample in samples]
-    todo = [row for row in units if any(unit.key not in found for unit in row)]
+    store = RecordStore(folder, [unit.key for row in units for unit in row], execution.shard, machine(facts))
+    with claimed(folder, execution.shard, lambda alone: open_run(folder, identity, facts, clean=alone)) as claim:
+        _say_other_versions(folder, facts)
+        found = store.found(retry_failed=execution.retry_failed)
+        mine = [row for i, row in enumerate(units) if execution.mine(i)]
+        n_reused = sum(unit.key in found for row in mine for unit in row)
+        todo = [row for row in mine if any(unit.key not in found for unit in row)]
+        made = _run_on_ray(loaded, wanted, todo, found, execution) if execution.ray else _run_here(loaded, todo, found)
+        for record, worker in track(made, sum(len(row) for row in mine), "infer", n_reused):
+            if worker:
+                store.note([record["unit"]], worker)
+            append_records(store.target(), [record])
+            if store.is_over:
+                break
+        missing = claim.finish(store.finish)
+    return _summary(store, len(samples), n_reused, len(missing), time.monotonic() - began)
+
+
+def _run_here(loaded: LoadedModel, todo: Sequence[Sequence[Unit]], found: dict[str, dict[str, Any]]) -> Iterator[Made]:
+    """Yield the missing records, made in this process."""
+    from kvtool.infer.units import run_samples
+
     if todo:
-        _warm_up(loaded)
-    n_total = sum(len(row) for row in units)
-    for record in track(run_samples(loaded, todo, found), n_total, "infer", n_reused):
-        append_records(path, [record])
-    records = read_records(path)
+        warm_up(loaded)
+    for record in run_samples(loaded, todo, found):
+        yield record, None
+
+
+def _run_on_ray(
+    loaded: LoadedModel,
+    policies: Sequence[Policy],
+    todo: Sequence[Sequence[Unit]],
+    found: dict[str, dict[str, Any]],
+    execution: Execution,
+) -> Iterator[Made]:
+    """Yield the missing records as they come from the workers of a Ray cluster, and facts about the worker of each."""
+    from kvtool.executors.ray_pool import run_on_ray
+    from kvtool.infer.remote import InferJob, InferTask
+
+    tasks = [InferTask.missing(row, found) for row in todo]
+    if tasks:
+        for result in run_on_ray(InferJob.of(loaded, policies), tasks, execution):
+            yield result.value, result.worker
+
+
+def _summary(store: RecordStore, n_samples: int, n_reused: int, n_missing: int, seconds: float) -> InferSummary:
+    from kvtool.infer.summary import summarize
+
+    found = store.found()
+    records = [found[unit] for unit in store.order if unit in found]
     return InferSummary(
-        folder=folder,
-        n_samples=len(samples),
-        n_units=n_total,
+        folder=store.folder,
+        n_samples=n_samples,
+        n_units=len(store.order),
         n_reused=n_reused,
         n_oom=sum(r["status"] == "oom" for r in records),
         n_impossible=sum(r["status"] == "impossible" for r in records),
+        n_failed=sum(r["status"] == GIVEN_UP for r in records),
+        n_missing=n_missing,
         rows=tuple(summarize(records)),
-        seconds=time.monotonic() - began,
+        seconds=seconds,
     )
+
+
+def _say_other_versions(folder: Path, facts: dict[str, Any]) -> None:
+    """Say it if the run began with other packages: its records may then differ in their last digits."""
+    there, here = read_run(folder)["provenance"].get("versions", {}), facts["versions"]
+    if differing := [f"{name} {there[name]} then, {here[name]} now" for name in there if here.get(name) != there[name]]:
+        say(f"infer: {folder} was begun with other versions ({'; '.join(differing)}): records may differ in their last digits")
 
 
 def with_full(policies: Sequence[Policy]) -> list[Policy]:
@@ -229,6 +299,15 @@ def provenance(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
+def machine(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of `provenance` that tells machines apart."""
+    import os
+    import platform
+
+    here = {"host": platform.node(), "process": os.getpid()}
+    return {**here, **{key: facts[key] for key in ("device", "threads", "versions", "created")}}
+
+
 def _unit(config: InferConfig, sample: Encoded, policy: Policy) -> Unit:
     from kvtool.infer.measure import Unit
 
@@ -245,7 +324,7 @@ def _n_tokens(sample: Encoded, config: InferConfig) -> int:
     return len(sample.prompt_ids) + max(min(len(sample.answer_ids), config.answer_tokens), _n_new(sample, config))
 
 
-def _warm_up(loaded: LoadedModel) -> None:
+def warm_up(loaded: LoadedModel) -> None:
     """Run a few tokens through prefill and decode, so that the first unit is not charged for lazy initialisation."""
     from kvtool.infer.generate import generate, prefill
 

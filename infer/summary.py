@@ -32,8 +32,8 @@ class PolicyRow:
     ----------
     policy, method : str
     budget : str or None
-    n, n_oom, n_impossible : int
-        Samples with a result, out of memory, impossible.
+    n, n_oom, n_impossible, n_failed : int
+        Samples with a result, out of memory, impossible, given up.
     message : str or None
         Why samples have no result, from the first such record.
     compress_at : str
@@ -54,6 +54,8 @@ class PolicyRow:
     speedup : float or None
         Median over samples of the full cache's time per token divided by this policy's.
     kernel : str or None
+    left_alone : int
+        Layers with a sliding window, which a policy with ``quant=`` does not quantize.
     """
 
     policy: str
@@ -62,6 +64,7 @@ class PolicyRow:
     n: int
     n_oom: int
     n_impossible: int
+    n_failed: int
     message: str | None
     compress_at: str
     degenerate: bool
@@ -83,6 +86,7 @@ class PolicyRow:
     tokens_per_s: float | None
     speedup: float | None
     kernel: str | None
+    left_alone: int = 0
 
 
 def interval(values: Iterable[float | None], seed: int = 0) -> Interval:
@@ -124,6 +128,7 @@ def _row(group: Sequence[dict[str, Any]], baseline: dict[str, dict[str, Any]]) -
         n=len(done),
         n_oom=sum(r["status"] == "oom" for r in group),
         n_impossible=sum(r["status"] == "impossible" for r in group),
+        n_failed=sum(r["status"] == "failed" for r in group),
         message=next((r["message"] for r in group if r["message"]), None),
         compress_at=first["compress_at"],
         degenerate=any(r["degenerate"] for r in group),
@@ -147,6 +152,7 @@ def _row(group: Sequence[dict[str, Any]], baseline: dict[str, dict[str, Any]]) -
             full["tpot_s"] / r["tpot_s"] for r in done if r["tpot_s"] and (full := baseline.get(r["sample"])) and full["tpot_s"]
         ),
         kernel=next((r["kernel"] for r in done), None),
+        left_alone=max((int(found["left_alone"]) for r in done if (found := r.get("quantized"))), default=0),
     )
 
 
@@ -194,5 +200,7 @@ def text_table(rows: Sequence[PolicyRow]) -> str:
 def _note(row: PolicyRow) -> str:
     notes = ["degenerate"] if row.degenerate else []
     notes += ["drops nothing"] if row.policy != FULL and row.retention is not None and row.retention >= 1 else []
+    notes += [f"{row.left_alone} sliding layers not quantized"] if row.left_alone else []
     notes += [f"{row.n_oom} oom"] if row.n_oom else []
-    return ", ".join(notes + ([f"{row.n_impossible} impossible"] if row.n_impossible else []))
+    notes += [f"{row.n_impossible} impossible"] if row.n_impossible else []
+    return ", ".join(notes + ([f"{row.n_failed} failed"] if row.n_failed else []))

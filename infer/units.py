@@ -23,12 +23,12 @@ def run_samples(
     """Yield the missing records, sample by sample, in a fixed order."""
     for units in todo:
         baseline = found.get(units[0].key)
-        for record in _run_sample(loaded, [u for u in units if u.key not in found], baseline):
+        for record in run_sample(loaded, [u for u in units if u.key not in found], baseline):
             found[record["unit"]] = record
             yield record
 
 
-def _run_sample(loaded: LoadedModel, units: Sequence[Unit], baseline: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def run_sample(loaded: LoadedModel, units: Sequence[Unit], baseline: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """Prefill once, then run every unit of one sample; `baseline` is the record of the full cache if it exists."""
     state = _prefill(loaded, units)
     for unit in units:
@@ -39,7 +39,7 @@ def _run_sample(loaded: LoadedModel, units: Sequence[Unit], baseline: dict[str, 
             record = _run_unit(loaded, unit, outline(loaded.model, unit.compressed_ids, _seed(unit)), baseline)
         else:
             record = unit.blank("oom", state)
-        if unit.policy.method.keeps_all and baseline is None:
+        if unit.policy.lossless and baseline is None:
             baseline = record
         yield record
 
@@ -66,7 +66,7 @@ def _gold(unit: Unit, baseline: dict[str, Any] | None) -> Gold | None:
     encoded = unit.encoded
     if encoded.sample.answers:
         return Gold(encoded.answer_ids[: unit.n_answer], list(encoded.sample.answers))
-    if unit.policy.method.keeps_all:
+    if unit.policy.lossless:
         return None
     if baseline is None or baseline["status"] != "ok":
         return Gold([], [])

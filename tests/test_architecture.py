@@ -20,6 +20,7 @@ READERS = {
     "analysis": {"kvtool.capture.reader"},
     "policies": set(),
     "data": set(),
+    "executors": set(),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvtool.errors import DataError
 from kvtool.infer.measure import RESULTS
-from kvtool.infer.summary import interval, summarize
+from kvtool.infer.summary import interval, summarize, text_table
 
 
 def record(sample: str, policy: str, **values: Any) -> dict[str, Any]:
@@ -47,6 +47,13 @@ def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
         assert found.high is not None
         covered += found.low <= 1.0 <= found.high
     assert 180 <= covered <= 198
+
+
+def test_what_is_left_unquantized_is_said() -> None:
+    found = {"layers": 1, "left_alone": 3, "share": 0.2}
+    rows = summarize([record("a", "full"), record("a", "full:quant=int8", quantized=found)])
+    assert [row.left_alone for row in rows] == [0, 3]
+    assert "3 sliding layers not quantized" in text_table(rows).splitlines()[-1]
 
 
 def test_no_table_mixes_both_modes() -> None:
