@@ -23,6 +23,7 @@ PREDICTORS = {
     "head_harm": -1.0,
     "layer_harm": -1.0,
     "missing": -1.0,
+    "evidence": -1.0,
     "recall": 1.0,
     "retention": 1.0,
     "refined_nll": -1.0,

@@ -222,6 +222,34 @@ def curve_parts(table: ProbeTable, order: Int, counts: Int, added: Float | None 
     )
 
 
+def evidence_lost(table: ProbeTable, evidence: Int, order: Int, counts: Int) -> tuple[Float, float]:
+    """Return how much attention to the evidence is lost, and how much there was, weighted by abs(g . o) of head and probe token.
+
+    No renormalisation brings evidence back: a head that has lost it attends to something else.
+
+    Parameters
+    ----------
+    table : ProbeTable
+    evidence : ndarray of shape (E,)
+        Positions.
+    order : ndarray of shape (L, H, T)
+    counts : ndarray of shape (N, L, H)
+
+    Returns
+    -------
+    ndarray of shape (N,), float
+    """
+    columns = table.rows.shape[-1] // 2
+    lost, whole = np.zeros(len(counts)), 0.0
+    for layer, head in np.ndindex(order.shape[:2]):
+        place = np.empty(order.shape[2], dtype=np.int64)
+        place[order[layer, head]] = np.arange(order.shape[2])
+        attention = table.rows[layer, head, evidence, :columns].astype(np.float64) @ np.abs(table.full_gain[layer, head])
+        gone = place[evidence] >= counts[:, layer, head][:, None]
+        lost, whole = lost + gone @ attention, whole + float(attention.sum())
+    return lost, whole
+
+
 def _change(table: ProbeTable, sums: Float) -> Float:
     """First-order change of the margin per configuration, head and probe, ``(N, L, H, G P)``, of sums of attention and gain."""
     columns = sums.shape[-1] // 2

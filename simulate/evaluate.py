@@ -17,7 +17,7 @@ from kvtool.errors import ConfigError
 from kvtool.policies import kept_counts
 from kvtool.policies.base import Memo
 from kvtool.policies.when import When
-from kvtool.simulate.curves import CurveParts, ProbeTable, curve_parts, join_parts, probe_table
+from kvtool.simulate.curves import CurveParts, ProbeTable, curve_parts, evidence_lost, join_parts, probe_table
 from kvtool.simulate.representatives import Stand, floored_share, representative_sums, stand_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Prediction:
         `entries` / prompt length.
     harm, margin_change, layer_harm, recall, head_harm, missing : float or None
         See `kvtool.simulate.curves.Curves`.
+    evidence : float or None
+        Share of the attention to the evidence that is lost, weighted by importance; None where the prompt names no evidence.
     degenerate : bool
         Nothing is left to choose.
     message : str or None
@@ -62,6 +64,7 @@ class Prediction:
     note: str | None = None
     head_harm: float | None = None
     missing: float | None = None
+    evidence: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -146,6 +149,8 @@ class _Group:
     stands : dict of int to Stand
     parts : list of CurveParts
         Of the layers so far.
+    lost : ndarray of shape (N,)
+        Attention to the evidence that is lost in the layers so far.
     """
 
     members: list[tuple[int, Policy]]
@@ -153,6 +158,7 @@ class _Group:
     orders: NDArray[np.integer[Any]]
     stands: dict[int, Stand]
     parts: list[CurveParts] = field(default_factory=list)
+    lost: NDArray[np.float64] | float = 0.0
 
 
 def evaluate_sample(sample: CapturedSample, policies: Sequence[Policy]) -> list[Prediction]:
@@ -235,7 +241,7 @@ def _predict(sample: CapturedSample, views: Sequence[LayerView], groups: list[_G
     """Let the probes of one layer after the other pass by all groups."""
     if not groups:
         return {}
-    floored = []
+    floored, evidence, attended = [], evidence_positions(sample), 0.0
     for row, view in enumerate(views):
         table = layer_table(sample, view)
         floored.append(floored_share(table))
@@ -244,14 +250,23 @@ def _predict(sample: CapturedSample, views: Sequence[LayerView], groups: list[_G
             stands = {k: stand.layer(row) for k, stand in group.stands.items()}
             added = representative_sums(table, orders, counts, stands) if stands else None
             group.parts.append(curve_parts(table, orders, counts, added))
+            lost, whole = evidence_lost(table, evidence, orders, counts)
+            group.lost = group.lost + lost
+        attended += whole
     share = float(np.mean(floored))
     found: dict[int, Prediction] = {}
     for group in groups:
-        found |= _figures(sample.seq_len, group, share)
+        found |= _figures(sample.seq_len, group, share, attended)
     return found
 
 
-def _figures(seq_len: int, group: _Group, floored: float) -> dict[int, Prediction]:
+def evidence_positions(sample: CapturedSample) -> NDArray[np.int64]:
+    """Return the positions that the prompt's task names as evidence, as far as they are compressed."""
+    spans = [np.arange(a, min(b, sample.seq_len)) for a, b in sample.meta.get("evidence", [])]
+    return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *spans]))
+
+
+def _figures(seq_len: int, group: _Group, floored: float, attended: float) -> dict[int, Prediction]:
     result, means, found = join_parts(group.parts), group.counts.mean(axis=(1, 2)), {}
     for k, (index, policy) in enumerate(group.members):
         entries = float(means[k]) + (_mean_slots(policy, group.counts[k], group.stands[k]) if k in group.stands else 0.0)
@@ -264,6 +279,7 @@ def _figures(seq_len: int, group: _Group, floored: float) -> dict[int, Predictio
             recall=float(result.recall[k]),
             head_harm=float(result.head_harm[k]),
             missing=float(result.missing[k]),
+            evidence=float(np.asarray(group.lost)[k]) / attended if attended > 0 else None,
             degenerate=policy.is_degenerate(seq_len),
             note=_note(policy, floored),
         )

@@ -41,7 +41,7 @@ class Row:
         In any sample nothing is left to choose.
     harm, harm_low, harm_high : float or None
         Mean over samples and its 95 % bootstrap interval.
-    margin_change, recall, layer_harm, head_harm, missing : float or None
+    margin_change, recall, layer_harm, head_harm, missing, evidence : float or None
         Means over samples, see `kvtool.simulate.curves.Curves`.
     predicted, predicted_low, predicted_high : float or None
         Answer accuracy that a calibration predicts, with its interval.
@@ -77,6 +77,7 @@ class Row:
     layer_harm: float | None = None
     head_harm: float | None = None
     missing: float | None = None
+    evidence: float | None = None
     predicted: float | None = None
     predicted_low: float | None = None
     predicted_high: float | None = None
@@ -101,7 +102,7 @@ class Row:
 
 
 #: figures that a row keeps of every sample
-KEPT = ("harm", "recall", "layer_harm", "head_harm", "missing")
+KEPT = ("harm", "recall", "layer_harm", "head_harm", "missing", "evidence")
 
 
 def resample_weights(n_samples: int, draws: int, seed: int) -> Float:

@@ -17,7 +17,7 @@ from kvtool.policies import Policy, expand_policies, kept_positions
 from kvtool.policies.base import Allocator, LayerView, Parts, Request
 from kvtool.policies.budget import Budget
 from kvtool.policies.methods.snapkv import SnapKV
-from kvtool.simulate.curves import curves, probe_table
+from kvtool.simulate.curves import curves, evidence_lost, probe_table
 from kvtool.simulate.evaluate import evaluate_sample
 
 L, H, G, P, T = 2, 2, 2, 3, 40
@@ -74,6 +74,25 @@ def test_equal_the_literal_definition_with_budgets_per_head(probes: dict[str, np
         want = literal(probes, kept)
         have = (got.harm[n], got.margin_change[n], got.layer_harm[n], got.recall[n], got.head_harm[n], got.missing[n])
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_lost_evidence_counts_each_position_by_attention_and_importance(probes: dict[str, np.ndarray]) -> None:
+    rng = np.random.default_rng(2)
+    order = np.stack([[rng.permutation(T) for _ in range(H)] for _ in range(L)])
+    counts, evidence = rng.integers(0, T + 1, size=(8, L, H)), np.asarray([3, 4, 5, 21])
+    table = probe_table(probes["attention"], probes["gain"], probes["attention_own"], probes["gain_own"], H)
+    lost, whole = evidence_lost(table, evidence, order, counts)
+    for n, count in enumerate(counts):
+        want = there = 0.0
+        for layer, q, i in np.ndindex(L, Q, P):
+            a, b = (probes[name][layer, q, i].astype(float) for name in ("attention", "gain"))
+            own_a, own_b = float(probes["attention_own"][layer, q, i]), float(probes["gain_own"][layer, q, i])
+            weight = abs((b.sum() + own_b) / (a.sum() + own_a))
+            kept = set(order[layer, q // G, : count[layer, q // G]].tolist())
+            there += weight * sum(a[j] for j in evidence)
+            want += weight * sum(a[j] for j in evidence if j not in kept)
+        assert lost[n] == pytest.approx(want, rel=1e-5)
+        assert whole == pytest.approx(there, rel=1e-5)
 
 
 def test_full_budget_costs_nothing(probes: dict[str, np.ndarray]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from kvtool.capture.reader import CapturedSample, open_capture
 from kvtool.errors import ConfigError
 from kvtool.models import LoadedModel
-from kvtool.policies import expand_policies, kept_counts, method_classes, parse_policy
+from kvtool.policies import expand_policies, kept_counts, kept_positions, method_classes, parse_policy
 from kvtool.policies.base import Memo
 from kvtool.simulate import evaluate, workers
 from kvtool.simulate.curves import curves
@@ -121,3 +121,28 @@ def test_small_requests_stay_in_one_process(llama_capture: tuple[Path, LoadedMod
         assert len(list(evaluate_samples(capture, capture.samples, expand_policies(("tova",), BUDGETS), 0))) == len(
             capture.samples
         )
+
+
+def test_lost_evidence_is_that_of_the_kept_positions(
+    llama_capture: tuple[Path, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = expand_policies(("snapkv:window=8", "adakv:window=8", "window"), ("20%", "100%"))
+    with open_capture(llama_capture[0]) as capture:
+        sample = capture.samples[0]
+        spans = sample.meta["evidence"]
+        assert spans
+        positions = [j for a, b in spans for j in range(a, b)]
+        found, probes, views = evaluate_sample(sample, policies), sample.probes(), sample.views()
+        group = capture.model.n_heads // capture.model.n_kv_heads
+        weight = np.abs(probes.gain.sum(-1, dtype=np.float64) + probes.gain_own)
+        weight /= probes.attention.sum(-1, dtype=np.float64) + probes.attention_own
+        for policy, prediction in zip(policies, found, strict=True):
+            lost = whole = 0.0
+            for view, heads in zip(views, kept_positions(policy, views), strict=True):
+                for q in range(capture.model.n_heads):
+                    attention = probes.attention[view.layer, q].astype(float) * weight[view.layer, q][:, None]
+                    gone = sorted(set(positions) - set(heads[q // group].tolist()))
+                    lost, whole = lost + attention[:, gone].sum(), whole + attention[:, positions].sum()
+            assert prediction.evidence == pytest.approx(lost / whole, rel=1e-5, abs=1e-9)
+        monkeypatch.setitem(sample.meta, "evidence", [])
+        assert [p.evidence for p in evaluate_sample(sample, policies)] == [None] * len(policies)
