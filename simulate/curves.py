@@ -246,7 +246,8 @@ def evidence_lost(table: ProbeTable, evidence: Int, order: Int, counts: Int) -> 
         place[order[layer, head]] = np.arange(order.shape[2])
         attention = table.rows[layer, head, evidence, :columns].astype(np.float64) @ np.abs(table.full_gain[layer, head])
         gone = place[evidence] >= counts[:, layer, head][:, None]
-        lost, whole = lost + gone @ attention, whole + float(attention.sum())
+        # Row by row: a product would round differently with the number of configurations.
+        lost, whole = lost + np.where(gone, attention, 0.0).sum(axis=1), whole + float(attention.sum())
     return lost, whole
 
 
