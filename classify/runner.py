@@ -324,8 +324,8 @@ def choose_importance(table: HeadTable, asked: str, path: str | Path) -> tuple[s
 
 def describe_heads(table: HeadTable, labels: HeadLabels, measure: str = "gain") -> list[dict[str, Any]]:
     """Return one record per head, as in ``heads.json``; `measure` is what its importance is."""
-    means = {name: None if (v := getattr(table, name, None)) is None else nanmean(v, 0) for name in FIGURES}
-    means["gain"] = means["importance"]
+    names = {**{name: name for name in FIGURES}, "gain": "importance"}
+    means = {name: None if (v := getattr(table, field)) is None else nanmean(v, 0) for name, field in names.items()}
     if measure == "reasoning":
         means["importance"] = means["reasoning"]
     share = weighted_means(table, np.full(table.n_prompts, 1 / table.n_prompts)).positional_share

@@ -241,6 +241,8 @@ def evidence_lost(table: ProbeTable, evidence: Int, order: Int, counts: Int) -> 
     """
     columns = table.rows.shape[-1] // 2
     lost, whole = np.zeros(len(counts)), 0.0
+    if not len(evidence):
+        return lost, whole
     for layer, head in np.ndindex(order.shape[:2]):
         place = np.empty(order.shape[2], dtype=np.int64)
         place[order[layer, head]] = np.arange(order.shape[2])
