@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvtool.errors import ConfigError, near_matches
 from kvtool.infer.quantized import QuantizedStore
@@ -195,7 +195,13 @@ def ragged_attention(queries: Tensor, store: RaggedStore | QuantizedStore, scali
     -------
     Tensor ``[B, Q, N, D]``
     """
-    name = pick_kernel(kernel, store)
+    if isinstance(store, QuantizedStore):
+        name = pick_kernel(kernel, store)
+    else:
+        # What a kernel needs changes only when the store is laid out anew.
+        if store.kernel is None or store.kernel[0] != kernel:
+            store.kernel = kernel, pick_kernel(kernel, store)
+        name = store.kernel[1]
     if name == "reference":
         return reference_attention(queries, store, scaling)
     if isinstance(store, QuantizedStore):
@@ -222,11 +228,17 @@ def run_kernel(name: str, queries: Tensor, store: RaggedStore, scaling: float) -
     if name == "torch-varlen":
         from torch.nn.attention.varlen import varlen_attn
 
+        from kvtool.infer.flash import varlen_rows
+
         return varlen_rows(queries, store, scaling, varlen_attn)
     if name == "flash-attn":
         from flash_attn import flash_attn_with_kvcache
 
-        return _by_bucket(queries, store, lambda q, b: _flash_bucket(q, store, b, scaling, flash_attn_with_kvcache))
+        from kvtool.infer.flash import flash_bucket
+
+        return _by_bucket(queries, store, lambda q, b: flash_bucket(q, store, b, scaling, flash_attn_with_kvcache))
+    if queries.shape[2] == 1 and store.window is None:
+        return _sdpa_token(queries, store, scaling)
     return _by_bucket(queries, store, lambda q, b: _sdpa_bucket(q, store, b, scaling))
 
 
@@ -256,19 +268,38 @@ def _by_bucket(queries: Tensor, store: RaggedStore, attend: Callable[[Tensor, Bu
     return in_order(queries, store, all_buckets)
 
 
+def _sdpa_token(queries: Tensor, store: RaggedStore, scaling: float) -> Tensor:
+    """A single new token per sequence, without a window: nothing is made but what the store keeps up to date."""
+    import torch
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    n_seqs, n_heads, _, width = queries.shape
+    rows = queries.reshape(1, n_seqs * store.n_kv_heads, n_heads // store.n_kv_heads, width)
+    if store.stored_rows is not None:
+        rows = rows.index_select(1, store.stored_rows)
+    found, first = [], 0
+    for slab in store.slabs():
+        keys, mask = slab.keys, slab.mask
+        if store.bias is not None and mask is not None:
+            mask = mask.to(_mask_dtype(store))
+        mine = rows.narrow(1, first, keys.shape[1])
+        found.append(sdpa(mine, keys, slab.values, attn_mask=mask, scale=scaling))
+        first += keys.shape[1]
+    out = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    if store.row_places is not None:
+        out = out.index_select(1, store.row_places)
+    return out.reshape(n_seqs, n_heads, 1, -1)
+
+
 def _sdpa_bucket(queries: Tensor, store: RaggedStore, bucket: Bucket, scaling: float) -> Tensor:
     import torch
 
     n_rows, group, n_new, width = queries.shape
     keys, values = store.view(bucket, store.keys), store.view(bucket, store.values)
-    if n_new == 1 and store.mask is not None:
-        # The store keeps it up to date: nothing is built anew for a single token.
-        whole = bucket.longest == bucket.shortest and store.bias is None and not store.fixed
-        mask = None if whole else store.view(bucket, store.mask)[:, None].to(_mask_dtype(store))
-    else:
-        mask = bucket_mask(store, bucket, n_new)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.repeat(1, group, 1)
+    mask = bucket_mask(store, bucket, n_new)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.repeat(1, group, 1)
     out = torch.nn.functional.scaled_dot_product_attention(
         queries.reshape(1, n_rows, group * n_new, width),
         keys[None],
@@ -312,88 +343,6 @@ def _mask_dtype(store: RaggedStore) -> torch.dtype:
         # CUDA's fused kernels take a mask in the dtype of the queries only: a bias is rounded to half precision there.
         return store.keys.dtype
     return torch.promote_types(store.keys.dtype, torch.float32)
-
-
-def _flash_bucket(queries: Tensor, store: RaggedStore, bucket: Bucket, scaling: float, attend: Callable[..., Tensor]) -> Tensor:
-    """One call of flash-attn's decode kernel per bucket."""
-    out: Tensor = flash_part(queries, store, bucket, scaling, attend)
-    return out.transpose(1, 2)
-
-
-def flash_part(
-    queries: Tensor, store: RaggedStore, bucket: Bucket, scaling: float, attend: Callable[..., Any], skip: int = 0, **more: Any
-) -> Any:
-    """Return what flash-attn's decode kernel says of a bucket: a batch of R sequences with one KV head and G query heads.
-
-    The first `skip` entries of every row are passed over; queries are ``[R, G, N, D]``, the output is ``[R, N, G, D]``.
-    """
-    import torch
-
-    keys, values = store.view(bucket, store.keys)[:, skip:], store.view(bucket, store.values)[:, skip:]
-    return attend(
-        queries.transpose(1, 2).contiguous(),
-        keys[:, :, None],
-        values[:, :, None],
-        cache_seqlens=(store.used(bucket) - skip).to(torch.int32),
-        softmax_scale=scaling,
-        causal=True,
-        **more,
-    )
-
-
-def varlen_rows(queries: Tensor, store: RaggedStore, scaling: float, attend: Callable[..., Any]) -> Tensor:
-    """One variable-length call for all rows: row = sequence with one KV head and G query heads.
-
-    The rows are taken in the order in which they lie in the store, so that their offsets ascend, and put back afterwards.
-    """
-
-    def attended(rows: Tensor) -> Tensor:
-        n_rows, group, n_new, _ = rows.shape
-        out: Tensor = varlen_stored(rows, store, scaling, attend)
-        return out.view(n_rows, n_new, -1, out.shape[-1]).transpose(1, 2)[:, :group]
-
-    return in_order(queries, store, attended)
-
-
-def varlen_stored(
-    rows: Tensor,
-    store: RaggedStore,
-    scaling: float,
-    attend: Callable[..., Any],
-    skip: Sequence[int] | None = None,
-    **more: Any,
-) -> Any:
-    """Return what a variable-length kernel says of rows ``[S, G, N, D]`` in the order in which they lie in the store.
-
-    The first `skip` entries per bucket are passed over. The output is ``[S * N, G, D]``, with two heads for G = N = 1.
-    """
-    import torch
-
-    n_rows, group, n_new, width = rows.shape
-    skip = skip or [0] * len(store.buckets)
-    if group == n_new == 1:
-        # A row with one query head would be read by one thread block. With two, which say the same, the flash kernels split its
-        # entries among many: torch takes that path for a single new token with more query heads than KV heads, and no window.
-        rows, group = rows.expand(-1, 2, -1, -1), 2
-    placed = list(zip(store.buckets, skip, strict=True))
-    starts = [torch.arange(b.n_rows, device=store.device) * b.capacity + (b.start + n) for b, n in placed]
-    # Filled on the device: a copy from the host cannot be captured.
-    end = torch.full((1,), store.keys.shape[0], device=store.device)
-    return attend(
-        rows.transpose(1, 2).reshape(n_rows * n_new, group, width),
-        store.keys[:, None],
-        store.values[:, None],
-        torch.arange(0, (n_rows + 1) * n_new, n_new, device=store.device, dtype=torch.int32),
-        torch.cat([*starts, end]).to(torch.int32),
-        n_new,
-        max(store.shown(b) - n for b, n in placed),
-        scale=scaling,
-        # A single new token is the last one: there is nothing to hide from it.
-        window_size=(-1, 0) if n_new > 1 else (-1, -1),
-        enable_gqa=True,
-        seqused_k=torch.cat([store.used(b) - n for b, n in placed]).to(torch.int32),
-        **more,
-    )
 
 
 def reference_attention(queries: Tensor, store: RaggedStore | QuantizedStore, scaling: float) -> Tensor:

@@ -148,11 +148,11 @@ def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None,
     ConfigError
         Padding that is not on the left.
     """
-    lengths = real_lengths(call.padding, call.keys)
+    lengths, names = real_lengths(call.padding, call.keys), list(names)
     layer = PromptLayer(call.layer, int(call.queries.shape[1]), call.keys, call.values, call.window, lengths)
     for row, pad in enumerate(layer.pads):
         found: dict[str, Tensor] = {}
-        if layer.compressible(row):
+        if names and layer.compressible(row):
             # Contiguous keys and values, as in capture: the same layout gives the same bits.
             keys, values = (t[row, :, pad:].detach().contiguous() for t in (call.keys, call.values))
             queries, weight = call.queries[row, :, pad:].detach(), output_weight(call.module)

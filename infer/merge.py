@@ -15,7 +15,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import KvtoolError
-from kvtool.infer.kernels import MERGED, Partial, flash_part, reference_attention, run_kernel, varlen_stored
+from kvtool.infer.flash import flash_part, varlen_stored
+from kvtool.infer.kernels import MERGED, Partial, reference_attention, run_kernel
 from kvtool.infer.ragged import RaggedStore, Row
 
 if TYPE_CHECKING:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from kvtool.infer.inplace import Ring
 from kvtool.infer.rows import BUCKET_WASTE as BUCKET_WASTE
 from kvtool.infer.rows import ROOM as ROOM
+from kvtool.infer.rows import SHOWN_STEP, biased_columns, hide_beyond, room_left, stored_order
 from kvtool.infer.rows import Bucket as Bucket
 from kvtool.infer.rows import Row as Row
+from kvtool.infer.rows import Slab as Slab
 from kvtool.infer.rows import StoreBytes as StoreBytes
 from kvtool.infer.rows import buckets_of as buckets_of
 
@@ -131,6 +133,11 @@ class RaggedStore:
                 starts[r], total = total, total + capacity
             for i, r in enumerate(members):
                 self.places[r] = (place, i)
+        self._free = room_left(self.buckets)
+        self._whole: tuple[tuple[Tensor, Tensor, Tensor | None], list[Slab]] | None = None
+        self._hidden: tuple[int, list[Slab]] | None = None
+        #: (asked for, found), see `kvtool.infer.kernels.ragged_attention`
+        self.kernel: tuple[str, str] | None = None
         # Zeros, not garbage: padding inside a bucket is masked, but 0 * NaN would still be NaN.
         self.keys = like.new_zeros(total, like.shape[1])
         self.values = rows[0].values.new_zeros(total, rows[0].values.shape[1])
@@ -159,31 +166,12 @@ class RaggedStore:
         self._numbers: Tensor | None = None
         if self.ordered:
             self._sort()
-        self._order_rows()
-        self.biased = self._count_biased()
+        #: in which order the rows lie in the store, and back, int64 [S]; None where it is their own
+        self.stored_rows, self.row_places = stored_order(self.members, self.device)
+        #: per bucket, how many first entries of its rows hold all biased ones; cuts only move entries to the front
+        self.biased = [0 if self.bias is None else biased_columns(bucket, self.bias) for bucket in self.buckets]
         self._hide()
-
-    def _order_rows(self) -> None:
-        """Note in which order the rows lie in the store, and back; None where it is their own."""
-        import torch
-
-        stored = [r for members in self.members for r in members]
-        natural = stored == list(range(len(stored)))
-        self.stored_rows = None if natural else torch.tensor(stored, device=self.device)
-        self.row_places = (
-            None if natural else torch.tensor(sorted(range(len(stored)), key=stored.__getitem__), device=self.device)
-        )
-
-    def _count_biased(self) -> list[int]:
-        """Return how many first entries of a bucket's rows hold all of its biased ones; cuts only move entries to the front."""
-        if self.bias is None:
-            return [0] * len(self.buckets)
-        counts = []
-        for bucket in self.buckets:
-            stop = bucket.start + bucket.n_rows * bucket.capacity
-            columns = (self.bias[bucket.start : stop].view(bucket.n_rows, -1) != 0).any(dim=0).nonzero()
-            counts.append(int(columns.max()) + 1 if columns.numel() else 0)
-        return counts
+        self.slabs()
 
     def splits(self, most: float) -> bool:
         """True if all biased entries lie among the first ones of rows without reaching a row's end, and are `most` of all entries."""
@@ -195,18 +183,13 @@ class RaggedStore:
 
         Where entries have a bias, that is its own place: nothing is held twice, and nothing is built anew for a token.
         """
-        import torch
-
         self.mask: Tensor | None = None
         equal = all(b.longest == b.shortest for b in self.buckets) and not self.fixed
         if self.window is not None or (self.bias is None and equal):
             return
         self.mask = self.keys.new_zeros(self.keys.shape[0]) if self.bias is None else self.bias
         for bucket in self.buckets:
-            stop = bucket.start + bucket.n_rows * bucket.capacity
-            columns = torch.arange(bucket.capacity, device=self.device)
-            beyond = columns >= (bucket.lengths + self.grown)[:, None]
-            self.mask[bucket.start : stop].view(bucket.n_rows, -1).masked_fill_(beyond, float("-inf"))
+            hide_beyond(self.mask, bucket, self.grown)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> None:
         """Add N entries to every row, O(N); grows (rarely) when the room is used up.
@@ -219,24 +202,27 @@ class RaggedStore:
         """
         import torch
 
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.append(keys, values, positions)
         n_new = int(keys.shape[2])
-        if any(b.longest + self.grown + n_new > b.capacity for b in self.buckets):
+        if self.grown + n_new > self._free:
             self._grow(n_new, positions)
         n_rows = len(self._base)
         index = self._next if n_new == 1 else (self._next[:, None] + torch.arange(n_new, device=keys.device)).flatten()
-        with torch.no_grad():
-            self.keys.index_copy_(0, index, keys.detach().reshape(n_rows * n_new, -1))
-            self.values.index_copy_(0, index, values.detach().reshape(n_rows * n_new, -1))
-            if self.positions is not None and positions is not None:
-                repeated = positions.to(torch.int32).repeat_interleave(self.n_kv_heads, dim=0)
-                self.positions.index_copy_(0, index, repeated.flatten())
-            if self.scores is not None:
-                self.scores.index_fill_(0, index, 0.0)
-            for added in (self.bias, None if self.mask is self.bias else self.mask):
-                if added is not None:
-                    added.index_fill_(0, index, 0.0)
-            self._next += n_new
+        self.keys.index_copy_(0, index, keys.reshape(n_rows * n_new, -1))
+        self.values.index_copy_(0, index, values.reshape(n_rows * n_new, -1))
+        if self.positions is not None and positions is not None:
+            repeated = positions.to(torch.int32).repeat_interleave(self.n_kv_heads, dim=0)
+            self.positions.index_copy_(0, index, repeated.flatten())
+        if self.scores is not None:
+            self.scores.index_fill_(0, index, 0.0)
+        for added in (self.bias, None if self.mask is self.bias else self.mask):
+            if added is not None:
+                added.index_fill_(0, index, 0.0)
+        self._next += n_new
         self.grown += n_new
+        return None
 
     def _grow(self, n_new: int, positions: Tensor | None) -> None:
         rows = []
@@ -257,10 +243,10 @@ class RaggedStore:
     @property
     def full(self) -> bool:
         """True if the next token makes the store grow."""
-        return any(b.longest + self.grown >= b.capacity for b in self.buckets)
+        return self.grown >= self._free
 
     def reserve(self, room: int) -> None:
-        """Lay all entries out anew, with `room` free entries per row."""
+        """Lay all entries out anew, with `room` free ones per row."""
         self._lay_out(list(self.dense_rows()), room)
 
     def keep(self, chosen: Tensor, lengths: Sequence[int]) -> None:
@@ -306,6 +292,7 @@ class RaggedStore:
                 replace(b, lengths=torch.tensor(n, device=self.device), longest=max(n), shortest=min(n))
                 for b, n in zip(self.buckets, held, strict=True)
             ]
+            self._free, self._hidden = room_left(self.buckets), None
         self.grown = 0
         if stale:
             self._hide()
@@ -402,9 +389,28 @@ class RaggedStore:
 
     def view(self, bucket: Bucket, flat: Tensor) -> Tensor:
         """Return a bucket of `flat` as a strided view ``[R, shown, ...]``; nothing is copied."""
-        stop = bucket.start + bucket.n_rows * bucket.capacity
-        shaped = flat[bucket.start : stop].view(bucket.n_rows, bucket.capacity, *flat.shape[1:])
-        return shaped[:, : self.shown(bucket)]
+        # One operation, not three: this runs for keys, values and mask of every bucket and layer at every step.
+        strides = flat.stride()
+        return flat.as_strided(
+            (bucket.n_rows, self.shown(bucket), *flat.shape[1:]),
+            (bucket.capacity * strides[0], *strides),
+            flat.storage_offset() + bucket.start * strides[0],
+        )
+
+    def slabs(self) -> list[Slab]:
+        """Return what a single new token per row looks at, bucket by bucket; without a window."""
+        of = (self.keys, self.values, self.mask)
+        # A store that was copied with other keys, or has a new mask, makes its own.
+        if self._whole is None or any(a is not b for a, b in zip(self._whole[0], of, strict=True)):
+            self._whole, self._hidden = (of, [Slab.of(bucket, *of) for bucket in self.buckets]), None
+        whole = self._whole[1]
+        if self.mask is None:
+            return [slab.first(self.shown(bucket)) for slab, bucket in zip(whole, self.buckets, strict=True)]
+        if self._hidden is None or self._hidden[0] < self.grown:
+            more = max(b.capacity for b in self.buckets) if self.fixed else -(-self.grown // SHOWN_STEP) * SHOWN_STEP
+            shown = [min(b.capacity, b.longest + more) for b in self.buckets]
+            self._hidden = more, [slab.first(n) for slab, n in zip(whole, shown, strict=True)]
+        return self._hidden[1]
 
     def count_bytes(self) -> StoreBytes:
         """Count bytes from the tensors' storage."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 #: Padding inside buckets, as a share of the entries, at most.
@@ -17,6 +18,9 @@ BUCKET_WASTE = 0.125
 
 #: Steps of the search for the widest buckets.
 HALVINGS = 8
+
+#: Where a mask hides what is beyond a row's end, views show so many slots more at a time.
+SHOWN_STEP = 16
 
 #: Free entries per row of a new store; doubled whenever they are used up.
 ROOM = 16
@@ -61,7 +65,44 @@ class Bucket:
 
     @property
     def n_rows(self) -> int:
-        return int(self.lengths.shape[0])
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """The first slots of a bucket's rows as SDPA takes them, one sequence with R heads: views of the store's tensors.
+
+    A step that had to make them anew would spend more time on that than on the attention over a small bucket.
+
+    Attributes
+    ----------
+    keys, values : Tensor ``[1, R, shown, D]``
+    mask : Tensor ``[1, R, 1, shown]`` or None
+        Added to the logits.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, bucket: Bucket, keys: Tensor, values: Tensor, mask: Tensor | None) -> Slab:
+        """Shape the flat tensors ``[C, D]``, ``[C, D]`` and ``[C]``, all slots shown."""
+        part, n_rows, capacity = (
+            slice(bucket.start, bucket.start + bucket.n_rows * bucket.capacity),
+            bucket.n_rows,
+            bucket.capacity,
+        )
+        return cls(
+            keys[part].view(1, n_rows, capacity, keys.shape[1]),
+            values[part].view(1, n_rows, capacity, values.shape[1]),
+            None if mask is None else mask[part].view(1, n_rows, 1, capacity),
+        )
+
+    def first(self, shown: int) -> Slab:
+        """Return the same with fewer slots shown."""
+        mask = None if self.mask is None else self.mask.narrow(3, 0, shown)
+        return Slab(self.keys.narrow(2, 0, shown), self.values.narrow(2, 0, shown), mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +153,35 @@ def _groups(lengths: Sequence[int], allowed: float) -> list[list[int]]:
         else:
             groups.append([r])
     return groups
+
+
+def stored_order(members: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Return in which order rows lie that are stored bucket by bucket, int64 ``[S]``, and the way back; None where it is their own."""
+    import torch
+
+    stored = [r for rows in members for r in rows]
+    if stored == list(range(len(stored))):
+        return None, None
+    back = sorted(range(len(stored)), key=stored.__getitem__)
+    return torch.tensor(stored, device=device), torch.tensor(back, device=device)
+
+
+def biased_columns(bucket: Bucket, bias: Tensor) -> int:
+    """Return how many first entries of a bucket's rows hold all entries that have a bias; `bias` is flat, ``[C]``."""
+    stop = bucket.start + bucket.n_rows * bucket.capacity
+    columns = (bias[bucket.start : stop].view(bucket.n_rows, -1) != 0).any(dim=0).nonzero()
+    return int(columns.max()) + 1 if columns.numel() else 0
+
+
+def room_left(buckets: Sequence[Bucket]) -> int:
+    """Return how many tokens all rows of these buckets have room for."""
+    return min(b.capacity - b.longest for b in buckets)
+
+
+def hide_beyond(mask: Tensor, bucket: Bucket, grown: int) -> None:
+    """Set -inf in the flat `mask` ``[C]`` beyond the ends of a bucket's rows, which grew by `grown` entries since they were laid out."""
+    import torch
+
+    stop = bucket.start + bucket.n_rows * bucket.capacity
+    beyond = torch.arange(bucket.capacity, device=mask.device) >= (bucket.lengths + grown)[:, None]
+    mask[bucket.start : stop].view(bucket.n_rows, -1).masked_fill_(beyond, float("-inf"))

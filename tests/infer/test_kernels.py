@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kvtool.errors import ConfigError
-from kvtool.infer.kernels import pick_kernel, ragged_attention, reference_attention, varlen_rows
+from kvtool.infer.flash import varlen_rows
+from kvtool.infer.kernels import pick_kernel, ragged_attention, reference_attention
 from kvtool.infer.ragged import RaggedStore, Row
 
 LENGTHS = {
