@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= kvtool-demo
 
-.PHONY: demo install install-dev test test-gpu bench-gpu check train-tiny docs clean
+.PHONY: demo install install-dev test test-gpu test-ray bench-gpu check train-tiny docs clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -31,6 +31,11 @@ test: install-dev
 test-gpu: install-dev
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/kvtool demo --device cuda --dtype bfloat16 --out $(OUT)-cuda
+
+# Ray itself, and the tests on a cluster of two nodes on this machine.
+test-ray: install-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/executors/test_ray.py
 
 # Hours on a machine with CUDA; a stopped run continues.
 bench-gpu: install-dev

@@ -12,8 +12,11 @@ import torch
 
 from kvtool.capture.runner import CaptureConfig, CaptureSummary, run_capture
 from kvtool.data.tasks import Encoded, Sample
+from kvtool.data.texts import Document
 from kvtool.executors.execution import LOCAL, Execution
 from kvtool.files import read_records
+from kvtool.infer.perplexity import PerplexityRun, run_perplexity
+from kvtool.infer.perplexity_plan import PerplexityConfig
 from kvtool.infer.runner import InferConfig, InferSummary, run_infer
 from kvtool.models import LoadedModel, load_model
 from kvtool.policies import Policy
@@ -21,13 +24,14 @@ from kvtool.policies import Policy
 N_SAMPLES = 7
 POLICIES = ("snapkv:budget=20,window=4", "random:budget=20,window=4,sink=2")
 N_UNITS = N_SAMPLES * (1 + len(POLICIES))
-TIMES = ("ttft_s", "compress_s", "tpot_s", "total_s", "prefill_peak_bytes")
+TIMES = ("ttft_s", "compress_s", "tpot_s", "total_s", "prefill_peak_bytes", "seconds")
 
 
 def save_model(folder: Path) -> None:
     """Write a random 2-layer model and a tokenizer of single words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
@@ -43,6 +47,7 @@ def save_model(folder: Path) -> None:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(67)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
@@ -68,6 +73,13 @@ def infer(loaded: LoadedModel, out: Path, execution: Execution = LOCAL, policies
 def capture(loaded: LoadedModel, out: Path, execution: Execution = LOCAL) -> CaptureSummary:
     config = CaptureConfig("toy", "toy", N_SAMPLES, windows=(8,), permute=2)
     return run_capture(config, loaded, samples(), out, execution)
+
+
+def perplexity(loaded: LoadedModel, out: Path, execution: Execution = LOCAL) -> PerplexityRun:
+    text = " ".join(f"w{(3 + i * i) % 67}" for i in range(300))
+    config = PerplexityConfig(text=("toy",), model="toy", length=60, segments=4, batch=2)
+    policies = [Policy.parse(policy) for policy in ("streaming:budget=20", "h2o:budget=20")]
+    return run_perplexity(config, loaded, [Document("toy", text)], policies, out, execution)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

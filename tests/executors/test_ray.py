@@ -113,6 +113,16 @@ def test_a_capture_on_ray_is_that_of_a_local_run(cluster: Any, tmp_path: Path, l
     assert toy.content(tmp_path / "c.h5") == toy.content(tmp_path / "whole.h5")
 
 
+def test_perplexity_on_ray_is_that_of_a_local_run(cluster: Any, tmp_path: Path, loaded: LoadedModel) -> None:
+    whole = toy.perplexity(loaded, tmp_path / "whole")
+    assert (whole.n_units, whole.n_missing) == (12, 0)
+    begun = toy.perplexity(loaded, tmp_path / "run", Execution(Shard(0, 3)))
+    assert 0 < begun.n_missing < 12
+    on_ray = toy.perplexity(loaded, tmp_path / "run", ON_RAY)
+    assert (on_ray.n_reused, on_ray.n_missing) == (12 - begun.n_missing, 0)
+    assert toy.records(tmp_path / "run") == toy.records(tmp_path / "whole")
+
+
 def test_what_does_not_fit_is_refused(
     cluster: Any, tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
