@@ -159,6 +159,7 @@ def _shape_table(found: list[tuple[Shape, Footprint]], length: int, batch: int, 
 @click.option("--window", type=click.IntRange(1), default=1000, show_default=True, help="Tokens per record of --endless.")
 @click.option("--kernel", default="auto", show_default=True, help="Attention kernel; auto takes the fastest that runs here.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the prompts.")
+@click.option("--graphs", is_flag=True, help="Time decode steps with fixed shapes, too: CUDA graphs, where there is CUDA.")
 @click.option("--dry-run", is_flag=True, help="List the points with an estimate of their memory; run nothing.")
 @out_option("stress", "Folder to write.")
 @json_option

@@ -14,7 +14,7 @@ mkdir -p "$out"
 "$python" -m pytest -q -m gpu tests/infer/test_kernels.py tests/infer/test_merge.py tests/infer/test_graphs.py > "$out/kernels.txt" || { cat "$out/kernels.txt"; exit 1; }
 for shape in llama-2-7b mistral-7b; do
     for batch in 1 16; do
-        "$python" -m kvtool stress -m "shape:$shape,context=131200" --device cuda --dtype bfloat16 -p snapkv -p adakv -r 1%,2%,5% \
+        "$python" -m kvtool stress -m "shape:$shape,context=131200" --device cuda --dtype bfloat16 -p snapkv -p adakv -r 1%,2%,5% --graphs \
             --length 4096 --max-length 131072 --batch "$batch" -o "$out/$shape-batch-$batch"
     done
 done

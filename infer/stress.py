@@ -70,7 +70,7 @@ def run_stress(
     if found:
         say(f"stress: {len(found)} records were made by an earlier run")
     say("stress: measuring the memory bandwidth")
-    bench = Bench.of(loaded, config.n_new, config.kernel, bandwidth or measure_bandwidth(loaded.device))
+    bench = Bench.of(loaded, config.n_new, config.kernel, bandwidth or measure_bandwidth(loaded.device), graphs=config.graphs)
     test = _Test(config, bench, Book.read(loaded), wanted, folder / RECORDS, found)
     for _ in test.series():
         pass
@@ -81,11 +81,13 @@ def run_stress(
 
 def identity(config: StressConfig, loaded: LoadedModel, policies: Sequence[Policy]) -> dict[str, Any]:
     """Return everything that decides the figures, as JSON values; the device and its threads among it."""
-    facts = provenance(loaded)
+    facts, asked = provenance(loaded), dataclasses.asdict(config)
     heads = check_heads(policies, loaded.info)
+    if not config.graphs:
+        del asked["graphs"]  # tests begun before there was a choice go on
     return {
         "schema": SCHEMA,
-        **dataclasses.asdict(config),
+        **asked,
         "policies": [str(policy) for policy in policies],
         **({"heads": heads} if heads else {}),
         "fingerprint": loaded.info.fingerprint,

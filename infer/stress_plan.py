@@ -45,6 +45,8 @@ class StressConfig:
         See `kvtool.infer.kernels.KERNELS`.
     seed : int
         Of the prompts.
+    graphs : bool
+        Time decode steps with fixed shapes as well, replayed as CUDA graphs where there is CUDA.
     """
 
     model: str
@@ -59,6 +61,7 @@ class StressConfig:
     window: int = 1000
     kernel: str = "auto"
     seed: int = 0
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         lows = {"length": 2, "batch": 1, "n_new": 2, "repeats": 1, "warm_ups": 0, "endless": 0, "window": 1, "seed": 0}

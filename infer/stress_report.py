@@ -50,8 +50,9 @@ def write_summary(folder: Path, records: Sequence[dict[str, Any]], info: ModelIn
 
 _HEADER = (
     *("policy", "length", "batch", "kept", "TTFT s", "compress s", "TPOT ms", "quartiles", "attention ms", "tokens/s"),
-    *("speed-up", "possible", "of limit", "KV MB", "at end", "prefill peak MB", "decode peak MB", "note"),
+    *("speed-up", "possible", "of limit", "KV MB", "at end", "prefill peak MB", "decode peak MB"),
 )
+_FIXED_HEADER = ("TPOT ms fixed", "of limit, fixed")
 _ENDLESS_HEADER = (
     *(
         "policy",
@@ -75,12 +76,15 @@ def _by_series(rows: Sequence[PointRow]) -> list[list[PointRow]]:
     return [part for part in found if part]
 
 
-def _cells(row: PointRow) -> list[str]:
+def _cells(row: PointRow, fixed: bool) -> list[str]:
     def mega(value: int | None) -> str:
         return "-" if value is None else f"{value / 1e6:.1f}"
 
     def milli(value: float | None) -> str:
         return "-" if value is None else f"{1000 * value:.2f}"
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.0f}%"
 
     return [
         row.policy + (" (again)" if row.again else ""),
@@ -95,11 +99,12 @@ def _cells(row: PointRow) -> list[str]:
         "-" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
         figure(row.speedup, 2),
         figure(row.possible_speedup, 2),
-        "-" if row.limit_share is None else f"{100 * row.limit_share:.0f}%",
+        share(row.limit_share),
         mega(row.kv_bytes_prompt_end),
         mega(row.kv_bytes_generation_end),
         mega(row.prefill_peak_bytes),
         mega(row.decode_peak_bytes),
+        *((milli(row.fixed_tpot_s), share(row.fixed_limit_share)) if fixed else ()),
         _note(row),
     ]
 
@@ -148,6 +153,11 @@ def _notes(records: Sequence[dict[str, Any]], rows: Sequence[PointRow], info: Mo
     if done and all(r["limit_share"] is None for r in done):
         notes.append("no share of the limit: weights and entries fit into the last-level cache")
     notes += sorted({f"no peak memory: {r['why_no_peak']}" for r in done if r["why_no_peak"]})
+    without: dict[str, list[str]] = {}
+    for row in rows:
+        if row.fixed_why_not:
+            without.setdefault(row.fixed_why_not, []).append(row.policy)
+    notes += [f"fixed: {why} ({'; '.join(dict.fromkeys(which))})" for why, which in without.items()]
     failed: dict[tuple[str, str, str | None], list[str]] = {}
     for row in rows:
         if row.status != "ok":
@@ -164,7 +174,9 @@ def _notes(records: Sequence[dict[str, Any]], rows: Sequence[PointRow], info: Mo
 
 def tables(summary: StressSummary, lay_out: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> list[str]:
     """Return the tables of lengths, batches and endless decoding, as far as there are any."""
-    found = [lay_out(_HEADER, [_cells(row) for row in rows]) for rows in _by_series(summary.rows)]
+    fixed = any(row.fixed_tpot_s is not None for row in summary.rows)
+    header = [*_HEADER, *(_FIXED_HEADER if fixed else ()), "note"]
+    found = [lay_out(header, [_cells(row, fixed) for row in rows]) for rows in _by_series(summary.rows)]
     return found + ([lay_out(_ENDLESS_HEADER, [_endless_cells(row) for row in summary.endless])] if summary.endless else [])
 
 

@@ -17,6 +17,7 @@ from kvtool.infer.cache import CompressedCache
 from kvtool.infer.live import clock
 from kvtool.infer.measure import MOST_ROOM
 from kvtool.infer.ragged import ROOM
+from kvtool.infer.stress_graphs import fixed_steps
 from kvtool.infer.stress_memory import PeakMeter, last_level_cache_bytes, read_bytes, resident_bytes, weight_bytes
 from kvtool.policies.base import Policy
 from kvtool.scoring import score_tokens
@@ -51,6 +52,8 @@ class Bench:
         Of all parameters; of those that a decode step reads.
     cache_bytes : int or None
         Last-level cache.
+    graphs : bool
+        Time steps with fixed shapes as well, at the end of a run.
     """
 
     loaded: LoadedModel
@@ -61,13 +64,14 @@ class Bench:
     weight_bytes: int
     read_bytes: int
     cache_bytes: int | None
+    graphs: bool = False
 
     @classmethod
-    def of(cls, loaded: LoadedModel, n_new: int, kernel: str, bandwidth: Bandwidth) -> Bench:
+    def of(cls, loaded: LoadedModel, n_new: int, kernel: str, bandwidth: Bandwidth, graphs: bool = False) -> Bench:
         """Read what a loaded model says."""
         model, devices = loaded.model, tuple(devices_of(loaded.model))
         sizes = weight_bytes(model), read_bytes(model)
-        return cls(loaded, devices, n_new, kernel, bandwidth, *sizes, last_level_cache_bytes(devices[0]))
+        return cls(loaded, devices, n_new, kernel, bandwidth, *sizes, last_level_cache_bytes(devices[0]), graphs)
 
     @property
     def n_tokens(self) -> int:
@@ -146,6 +150,7 @@ def timed_run(bench: Bench, policy: Policy, prompt: Tensor) -> dict[str, Any]:
     used.append(at_end.used)
     cache.check_capacities()
     tpot_s, read = statistics.median(step_s), statistics.fmean(used)
+    attention_s = _attention_time(bench, cache, tokens)
     return {
         "entries": entries,
         "retention": entries / length,
@@ -155,7 +160,7 @@ def timed_run(bench: Bench, policy: Policy, prompt: Tensor) -> dict[str, Any]:
         "step_s": [round(seconds, 7) for seconds in step_s],
         "tpot_s": tpot_s,
         "tokens_per_s": batch * len(step_s) / sum(step_s),
-        "attention_s": _attention_time(bench, cache, tokens),
+        "attention_s": attention_s,
         "kv_bytes_prompt_end": at_prompt.allocated,
         "kv_bytes_generation_end": at_end.allocated,
         "slack_bytes": at_prompt.slack,
@@ -166,6 +171,7 @@ def timed_run(bench: Bench, policy: Policy, prompt: Tensor) -> dict[str, Any]:
         "why_no_peak": prefill_peak.why_not,
         "limit_share": bench.limit_share(tpot_s, read),
         "kernel": cache.kernel_name,
+        **(fixed_steps(bench, cache, tokens) if bench.graphs else {}),
     }
 
 

@@ -42,6 +42,10 @@ class PointRow:
         Full cache's TPOT / this one's, median of the ratios of each repeat; the same of the full cache measured twice, off 1.
     possible_speedup : float or None
         What reading fewer entries allows at best: (weights + full cache) / (weights + this one's), in bytes read per step.
+    fixed_tpot_s, fixed_limit_share : float or None
+        Of the steps with fixed shapes.
+    fixed_why_not : str or None
+        Why there are none, or no CUDA graphs.
     beyond_context, degenerate : bool
     kernel : str or None
     """
@@ -69,6 +73,9 @@ class PointRow:
     speedup: float | None
     possible_speedup: float | None
     noise: float | None
+    fixed_tpot_s: float | None
+    fixed_limit_share: float | None
+    fixed_why_not: str | None
     beyond_context: bool
     degenerate: bool
     kernel: str | None
@@ -184,6 +191,9 @@ def _point(group: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]], nois
         speedup=None if is_full else _speedup(done, full),
         possible_speedup=None if is_full else _possible(done, full),
         noise=noise,
+        fixed_tpot_s=_median(s for r in done for s in r.get("fixed_step_s") or ()),
+        fixed_limit_share=_median(r.get("fixed_limit_share") for r in done),
+        fixed_why_not=next((r["fixed_why_not"] for r in done if r.get("fixed_why_not")), None),
         beyond_context=any(r["beyond_context"] for r in done),
         degenerate=any(r["degenerate"] for r in group),
         kernel=done[0]["kernel"] if done else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -281,11 +282,29 @@ class TestRunner:
         for name in ("length", "batch", "endless"):
             assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
             assert "<svg" in (folder / f"{name}.svg").read_text()
+            assert (folder / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
             assert len((folder / f"{name}.csv").read_text().splitlines()) > 2
         text = summary.text()
         assert "weights are random, seed 0" in text
         assert "noise floor" in text
         assert json.loads((folder / "stress.json").read_text())["model"]["weights"] == "random, seed 0"
+
+    @pytest.mark.usefixtures("quick")
+    def test_steps_with_fixed_shapes(self, loaded: LoadedModel, book: Book, tmp_path: Path) -> None:
+        config = StressConfig(MODEL, length=48, max_length=48, n_new=3, repeats=1, warm_ups=0, graphs=True)
+        grown = Policy.parse("adakv:budget=40,window=8")
+        summary = stress.run_stress(config, loaded, [grown, STREAM], tmp_path, SPEED)
+        found = {r["policy"]: r for r in records(tmp_path) if not r["again"]}
+        assert [len(found[name]["fixed_step_s"]) for name in ("full", str(grown))] == [3, 3]
+        assert found[str(grown)]["fixed_tpot_s"] > 0
+        assert found[str(STREAM)]["fixed_step_s"] is None
+        assert "evicts while decoding" in found[str(STREAM)]["fixed_why_not"]
+        assert {r["graphs_replayed"] for r in found.values()} == {0}  # there is no CUDA here
+        text = summary.text()
+        assert "TPOT ms fixed" in text
+        assert f"fixed: shapes are fixed, but graphs need CUDA (full; {grown})" in text
+        plain = dataclasses.replace(config, graphs=False)
+        assert "graphs" not in stress.identity(plain, loaded, [grown])
 
     @pytest.mark.usefixtures("quick")
     def test_again_adds_nothing(self, whole: tuple[Path, Any], loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
