@@ -153,9 +153,9 @@ def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None,
     for row, pad in enumerate(layer.pads):
         found: dict[str, Tensor] = {}
         if names and layer.compressible(row):
-            # Contiguous keys and values, as in capture: the same layout gives the same bits.
-            keys, values = (t[row, :, pad:].detach().contiguous() for t in (call.keys, call.values))
-            queries, weight = call.queries[row, :, pad:].detach(), output_weight(call.module)
+            # Contiguous keys, as in capture: the same layout gives the same bits. The few statistics of values see to that themselves.
+            queries, keys, values = (t[row, :, pad:].detach() for t in (call.queries, call.keys, call.values))
+            keys, weight = keys.contiguous(), output_weight(call.module)
             inputs = AttentionInputs(queries, keys, values, call.scaling, call.window, rope, weight)
             for name in names:
                 started = clock(call.keys.device)

@@ -233,7 +233,7 @@ def _plain_statistic(inputs: AttentionInputs, kind: str) -> Tensor:
     if kind == "accumulated":
         return accumulated_attention(inputs)
     if kind in ("key_norm", "value_norm", "value_norm1"):
-        tensor = inputs.keys if kind == "key_norm" else inputs.values
+        tensor = inputs.keys if kind == "key_norm" else inputs.values.contiguous()
         norm: Tensor = torch.linalg.vector_norm(tensor.float(), ord=1 if kind == "value_norm1" else 2, dim=-1)
         return norm
     if kind == "output_norm":
@@ -281,15 +281,15 @@ def output_norm(inputs: AttentionInputs) -> Tensor:
 
     if inputs.output_weight is None:
         raise ConfigError("output_norm needs the layer's output projection, which is not known here; give output_weights=")
-    n_kv, seq_len, width = inputs.values.shape
+    (n_kv, seq_len, width), values = inputs.values.shape, inputs.values.contiguous()
     group = inputs.n_heads // n_kv
     weight = inputs.output_weight.float().view(-1, inputs.n_heads, width)
     norms = []
     for kv_head in range(n_kv):
-        total = torch.zeros(seq_len, device=inputs.values.device)
+        total = torch.zeros(seq_len, device=values.device)
         for head in range(kv_head * group, (kv_head + 1) * group):
             for start in range(0, seq_len, 1024):
-                part = inputs.values[kv_head, start : start + 1024].float() @ weight[:, head].T
+                part = values[kv_head, start : start + 1024].float() @ weight[:, head].T
                 total[start : start + 1024] += part.abs().sum(dim=-1)
         norms.append(total / group)
     return torch.stack(norms)
