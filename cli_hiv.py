@@ -7,14 +7,21 @@ from pathlib import Path
 
 import click
 
-from kvtool.cli_options import bootstrap_options, emit, json_option, load_named, model_options, out_option, read_budgets
+from kvtool.cli_options import (
+    bootstrap_options,
+    emit,
+    json_option,
+    load_named,
+    model_options,
+    out_option,
+    policies_of,
+    read_budgets,
+)
 
 
 @click.command("hiv")
 @click.argument("captures", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--policy", "-p", "policies", multiple=True, help="Policy to compress with; repeatable. Default: snapkv and h2o.")
-@click.option("--retention", "-r", default="2%,5%,20%", show_default=True, help="Budgets for policies without one.")
-@click.option("--heads", default="", metavar="FILE", help="Heads file for policies that share by heads and name none.")
+@policies_of("2%,5%,20%", "Default: snapkv and h2o.")
 @click.option(
     "--ablate", is_flag=True, help="Also cut every KV head under every policy: the importance that does not rest on gradients."
 )

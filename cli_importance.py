@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from kvtool.cli_options import bootstrap_options, emit, json_option, load_named, model_options, out_option, read_budgets
+from kvtool.cli_options import (
+    bootstrap_options,
+    emit,
+    json_option,
+    load_named,
+    model_options,
+    out_option,
+    policies_of,
+    read_budgets,
+)
 
 
 @click.command("importance")
@@ -15,11 +24,7 @@ from kvtool.cli_options import bootstrap_options, emit, json_option, load_named,
 @click.option(
     "--ablate", is_flag=True, help="Also cut the cache of every head in turn and feed the answer again (needs the model)."
 )
-@click.option(
-    "--policy", "-p", "policies", multiple=True, help="Measure again on the prompt as this policy leaves it; repeatable."
-)
-@click.option("--retention", "-r", default="5%,20%", show_default=True, help="Budgets for policies without one.")
-@click.option("--heads", default="", metavar="FILE", help="Heads file for policies that share by heads and name none.")
+@policies_of("5%,20%", "Measures again on the prompt as each leaves it. Default: none.")
 @click.option("--sink", default=4, show_default=True, help="First entries of the prompt that a cut head keeps.")
 @click.option("--window", default=32, show_default=True, help="Last entries of the prompt that a cut head keeps.")
 @click.option(

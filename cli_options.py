@@ -169,28 +169,35 @@ def out_option(default: str, what: str) -> Callable[[Command], Command]:
     return click.option("--out", "-o", type=kind, default=default, show_default=True, help=what)
 
 
-def policy_options(command: Command) -> Command:
-    """Which policies at which budgets."""
+def policies_of(retentions: str, otherwise: str) -> Callable[[Command], Command]:
+    """Which policies at which budgets: the budgets by default, and what is done where no policy is named."""
     heads_help = "Heads file for policies that share by heads and name none: of kvtool classify, HeadKV or DuoAttention."
-    for option in (
-        click.option("--heads", default="", metavar="FILE", help=heads_help),
-        click.option(
-            "--retention",
-            "-r",
-            default=DEFAULT_RETENTIONS,
-            show_default=True,
-            help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries.",
-        ),
-        click.option(
-            "--policy",
-            "-p",
-            "policies",
-            multiple=True,
-            help="Policy, e.g. snapkv:window=16 or h2o_8_64_512, or its JSON or YAML file; repeat for several. Default: all.",
-        ),
-    ):
-        command = option(command)
-    return command
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option("--heads", default="", metavar="FILE", help=heads_help),
+            click.option(
+                "--retention",
+                "-r",
+                default=retentions,
+                show_default=True,
+                help="Comma-separated budgets for policies without one: 1%, 0.01 or 64entries.",
+            ),
+            click.option(
+                "--policy",
+                "-p",
+                "policies",
+                multiple=True,
+                help=f"Policy, e.g. snapkv:window=16 or h2o_8_64_512, or its JSON or YAML file; repeat for several. {otherwise}",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+policy_options = policies_of(DEFAULT_RETENTIONS, "Default: all.")
 
 
 def read_budgets(text: str) -> list[str]:

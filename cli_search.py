@@ -37,6 +37,13 @@ from kvtool.cli_options import emit, json_option, out_option, read_budgets
     help="auto: all settings if they are few, TPE for one objective, NSGA-II for several.",
 )
 @click.option("--heads", default="", metavar="FILE", help="Heads file for methods that share by heads.")
+@click.option(
+    "--by",
+    type=click.Choice(["risk", "harm"]),
+    default="risk",
+    show_default=True,
+    help="What is minimised: the risk that kvtool simulate ranks by, or the predicted harm alone.",
+)
 @click.option("--draws", default=1000, show_default=True, help="Bootstrap draws for the intervals.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the trials, of the halves and of the bootstrap.")
 @out_option("search", "Folder to write.")
@@ -49,6 +56,7 @@ def search(
     trials: int,
     sampler: str,
     heads: str,
+    by: str,
     draws: int,
     seed: int,
     out: Path,
@@ -78,6 +86,7 @@ def search(
         heads=heads,
         draws=draws,
         seed=seed,
+        by=by,  # type: ignore[arg-type]
     )
     summary = run_search(config, out)
     emit(as_json, summary, summary.text())

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kvtool.analysis.cells import PREDICTORS, Cell
 from kvtool.analysis.load import Float
-from kvtool.analysis.statistics import TIE, Interval, nan_mean, percentile_interval, tau_b, weights
+from kvtool.analysis.statistics import TIE, Interval, nan_mean, percentile_interval, tau_b
+from kvtool.bootstrap import bootstrap_weights
 from kvtool.errors import DataError
 
 #: tops whose regret and recall are reported
@@ -285,8 +286,8 @@ def _draw_weights(cells: Sequence[Cell], truth: str, draws: int, rng: np.random.
         n_sim, n_real = next(iter(cell.predicted.values())).shape[1], cell.n_real
         key = (cell.pair, cell.length, n_sim, n_real)
         if key not in drawn:
-            real = weights(n_real, draws, rng)
-            drawn[key] = (real if cell.paired else weights(n_sim, draws, rng), real)
+            real = bootstrap_weights(n_real, draws, rng)
+            drawn[key] = (real if cell.paired else bootstrap_weights(n_sim, draws, rng), real)
         sim, real = drawn[key]
         result.append((sim, _restrict(real, cell.columns.get(truth))))
     return result

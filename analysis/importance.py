@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.analysis.statistics import Interval, percentile_interval, tau_b, weights
+from kvtool.analysis.statistics import Interval, percentile_interval, tau_b
+from kvtool.bootstrap import bootstrap_weights
 from kvtool.errors import DataError
 from kvtool.files import read_records
 
@@ -227,7 +228,7 @@ def agreement(a: Float, b: Float, k: int) -> list[Interval]:
 def with_point(n_samples: int, draws: int, seed: int) -> Float:
     """Return bootstrap weights, (1 + draws, S): equal weights first."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([np.full((1, n_samples), 1 / n_samples), weights(n_samples, draws, rng)])
+    return np.concatenate([np.full((1, n_samples), 1 / n_samples), bootstrap_weights(n_samples, draws, rng)])
 
 
 def compare(level: Level, draws: int, seed: int) -> list[Pair]:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.analysis.statistics import Interval, percentile_interval, weights
+from kvtool.analysis.statistics import Interval, percentile_interval
+from kvtool.bootstrap import bootstrap_weights
 from kvtool.errors import DataError
 from kvtool.executors.records import read_units
 from kvtool.files import read_run, write_json, write_text
@@ -259,7 +260,7 @@ class _Resampling:
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
         self.cluster = {sample: numbers[name] for sample, name in zip(full, names, strict=True)}
         self.n = len(numbers)
-        self.weights = weights(self.n, draws, rng) if self.n > 1 else np.zeros((0, 1))
+        self.weights = bootstrap_weights(self.n, draws, rng) if self.n > 1 else np.zeros((0, 1))
 
     def ratio(self, samples: Sequence[str], above: Sequence[float], below: Sequence[float], exp: bool) -> Interval:
         """Return sum(above) / sum(below) over samples, or exp of it, with its interval; NaN bounds for a single cluster."""

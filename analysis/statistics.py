@@ -11,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.bootstrap import bootstrap_weights
+
 Float = NDArray[np.float64]
 
 #: means of scores that differ by less are equal: resampling adds rounding noise of about 1e-16
@@ -33,15 +35,10 @@ class Interval:
         return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
-def weights(n_samples: int, draws: int, rng: np.random.Generator) -> Float:
-    """Return bootstrap weights of shape (D, S); each row sums to 1."""
-    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), size=draws) / n_samples
-
-
 @lru_cache(maxsize=8)
 def shared_weights(n_samples: int, draws: int, seed: int) -> Float:
     """Return the bootstrap weights of a seed, shape (D, S), read-only: the same for all figures of the same prompts, and made once."""
-    drawn = weights(n_samples, draws, np.random.default_rng(seed))
+    drawn = bootstrap_weights(n_samples, draws, np.random.default_rng(seed))
     drawn.flags.writeable = False
     return drawn
 

@@ -83,7 +83,7 @@ N_PROMPTS, N_PERMUTED = 32, 8
 def capture_once(model: Any, sample: Any, permuted: bool = True) -> Callable[[], object]:
     from kvtool.capture.runner import CaptureConfig
     from kvtool.capture.sample import capture_sample
-    from kvtool.capture.store import write_part
+    from kvtool.capture.store import part_image, write_part
     from kvtool.models import LoadedModel, describe
 
     loaded = LoadedModel(model, None, describe(model, "bench"))
@@ -91,7 +91,7 @@ def capture_once(model: Any, sample: Any, permuted: bool = True) -> Callable[[],
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_part(Path(folder) / "00000.h5", capture_sample(config, loaded, sample, permuted))
+            write_part(Path(folder) / "00000.h5", part_image(capture_sample(config, loaded, sample, permuted), "bench"))
 
     return run
 

@@ -32,9 +32,10 @@ from kvtool.policies.shapes import SHAPES, shaped_budgets
 from kvtool.policies.shares import share
 from kvtool.simulate.gap_curves import PromptCurves, prompt_curves, ranking_of
 from kvtool.simulate.gap_rows import GapRow
-from kvtool.simulate.gap_runner import GapConfig, run_gaps, usable
+from kvtool.simulate.gap_runner import GapConfig, run_gaps
 from kvtool.simulate.gaps import PARTS, Yardstick
 from kvtool.simulate.plan import export_plan
+from kvtool.simulate.prompts import usable_prompts
 
 RESULT = Path(__file__).parent / "results" / "gaps"
 BUDGETS = ("2%", "3%", "5%", "7.5%", "10%", "15%", "20%", "30%")
@@ -75,7 +76,7 @@ def gap_rows(path: Path, heads: Path, work: Path) -> tuple[list[GapRow], list[st
 
 def read_curves(path: Path, policy: Policy) -> list[PromptCurves]:
     with open_capture(path) as capture:
-        return [prompt_curves(sample, [policy]) for sample in usable(capture)]
+        return [prompt_curves(sample, [policy]) for sample in usable_prompts(capture, "gaps")]
 
 
 def shape_harms(work: Path, mode: Any) -> dict[str, dict[str, dict[str, float]]]:

@@ -33,11 +33,11 @@ from kvtool.models import LoadedModel, load_model
 RESULT = Path(__file__).parent / "results" / "heads"
 SET, SPLITS, DRAWS = 16, 200, 200
 #: set sizes for the stability
-SIZES = (8, 16, 32)
+SIZES = (8, 16, 32, 64)
 #: label -> task, prompts, length in tokens, seed
 DATA: dict[str, tuple[str, int, int, int]] = {
     "niah": ("niah", 64, 1024, 0),
-    "multikey": ("niah:kind=multikey,keys=8", 64, 1024, 1),
+    "multikey": ("niah:kind=multikey,keys=8", 128, 1024, 1),
     "text": ("text", 32, 1024, 2),
     "niah, 512 tokens": ("niah", 32, 512, 3),
 }
@@ -102,7 +102,7 @@ def measure(tables: dict[str, HeadTable]) -> tuple[dict[str, Any], dict[str, Any
             "reliability": figures,
             "stability": asdict(stable),
             "ari_by_size": {
-                size: [half.ari, half.ari_low, half.ari_high]
+                size: asdict(half)
                 for size in SIZES
                 if 2 * size <= table.n_prompts and (half := halves(table, rng, SPLITS, size)) is not None
             },
@@ -112,6 +112,11 @@ def measure(tables: dict[str, HeadTable]) -> tuple[dict[str, Any], dict[str, Any
     together = Pairs(np.hstack([p.confidence for p in pooled]), np.hstack([p.agrees for p in pooled]))
     judged["all"], _ = reliability(together, SET, rng)
     return {"rows": rows, "pooled": asdict(judged["all"]), "across": across(tables, rng)}, judged
+
+
+def by_size(half: dict[str, Any] | None) -> str:
+    """Return the agreement of sets of one size, empty where there were too few prompts."""
+    return "" if half is None else "{ari:.3f} ({ari_low:.3f} to {ari_high:.3f}), {ari_sure:.3f} ({sure:.0%})".format(**half)
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -147,12 +152,13 @@ def markdown(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| prompts | " + " | ".join(f"adjusted Rand, sets of {size}" for size in SIZES) + " |",
+        "Adjusted Rand by the size of the sets; behind the comma, over the heads that both sets are sure of, and their share:",
+        "",
+        "| prompts | " + " | ".join(f"sets of {size}" for size in SIZES) + " |",
         "| --- " * (len(SIZES) + 1) + "|",
     ]
     for label, row in found["rows"].items():
-        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*row["ari_by_size"][s]) if s in row["ari_by_size"] else "" for s in SIZES]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {' | '.join(by_size(row['ari_by_size'].get(size)) for size in SIZES)} |")
     lines += ["", "| prompts | clusters by BIC | their adjusted Rand with the kinds |", "| --- | --- | --- |"]
     for label, row in found["rows"].items():
         lines.append(f"| {label} | {row['clusters']['n_clusters']} | {row['clusters']['ari']:.2f} |")

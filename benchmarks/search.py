@@ -3,8 +3,9 @@
     python benchmarks/search.py [WORK_FOLDER]
 
 A capture of 32 needle prompts of 1024 tokens; `kvtool search --auto` (SnapKV's window, kernel, pooling and compensation block at 5 and
-10 %) and 96 trials of TPE over CAKE's parameters at 5 %, searched on 16 of them. What was chosen, the setting with the least harm where a
-simpler one was chosen, the defaults, and the control then generate for real on 32 prompts of another seed. Resumes when interrupted.
+10 %) and 96 trials of TPE over CAKE's parameters at 5 %, searched on 16 of them, once by risk and once by harm. What was chosen, the
+best setting where a simpler one was chosen, the defaults, and the control then generate for real on 32 prompts of another seed. Resumes
+when interrupted.
 Accuracy: share of the answer's tokens that compression can change; differences from the defaults paired, by bootstrap over prompts.
 """
 
@@ -29,16 +30,21 @@ from kvtool.models import load_model
 from kvtool.policies import Policy
 from kvtool.simulate.choose import confirmation
 from kvtool.simulate.search import SearchConfig, SearchSummary, run_search
+from kvtool.simulate.trials import By
 
 RESULT = Path(__file__).parent / "results" / "search"
 PROMPTS, LENGTH, FRESH = 32, 1024, 1000
 
 
+BYS: tuple[By, ...] = ("risk", "harm")
+
+
 def searches(capture: Path) -> dict[str, SearchConfig]:
-    return {
-        "auto": SearchConfig(str(capture), "", ("5%", "10%"), auto=True),
-        "cake": SearchConfig(str(capture), "cake", ("5%",), trials=96),
-    }
+    found = {}
+    for by in BYS:
+        found[f"auto, by {by}"] = SearchConfig(str(capture), "", ("5%", "10%"), auto=True, by=by)
+        found[f"cake, by {by}"] = SearchConfig(str(capture), "cake", ("5%",), trials=96, by=by)
+    return found
 
 
 def rows_of(summary: SearchSummary, accuracy: dict[str, np.ndarray], draws: np.ndarray) -> list[dict[str, Any]]:
@@ -49,7 +55,7 @@ def rows_of(summary: SearchSummary, accuracy: dict[str, np.ndarray], draws: np.n
         control = next(e["policy"] for e in confirmation([verdict]) if e["why"].startswith("control"))
         named = {
             "chosen": (verdict.policy, verdict.searched, verdict.held_out),
-            "least harm": (verdict.best if verdict.best != verdict.policy else None, None, None),
+            "the best": (verdict.best if verdict.best != verdict.policy else None, None, None),
             "defaults": (verdict.default, verdict.default_searched, verdict.default_held_out),
             "control": (control, None, None),
         }
@@ -62,8 +68,8 @@ def rows_of(summary: SearchSummary, accuracy: dict[str, np.ndarray], draws: np.n
                     "budget": verdict.budget,
                     "what": label,
                     "policy": policy,
-                    "harm_searched": searched,
-                    "harm_held_out": held_out,
+                    "searched": searched,
+                    "held_out": held_out,
                     "accuracy": float(accuracy[policy].mean()),
                     "difference": float(difference.mean()),
                     "interval": np.quantile(difference[draws].mean(axis=1), [0.025, 0.975]).tolist(),
@@ -72,17 +78,17 @@ def rows_of(summary: SearchSummary, accuracy: dict[str, np.ndarray], draws: np.n
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], by: str) -> str:
     lines = [
-        "| budget | | policy | harm, searched | harm, held out | accuracy, fresh prompts | against the defaults (95 %) |",
+        f"| budget | | policy | {by}, searched | {by}, held out | accuracy, fresh prompts | against the defaults (95 %) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        harms = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("harm_searched", "harm_held_out")]
+        losses = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("searched", "held_out")]
         low, high = row["interval"]
         gap = "" if row["what"] == "defaults" else f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
         lines.append(
-            f"| {row['budget']} | {row['what']} | `{row['policy']}` | {harms[0]} | {harms[1]} | {row['accuracy']:.2f} | {gap} |"
+            f"| {row['budget']} | {row['what']} | `{row['policy']}` | {losses[0]} | {losses[1]} | {row['accuracy']:.2f} | {gap} |"
         )
     return "\n".join(lines)
 
@@ -94,7 +100,7 @@ def main() -> None:
     if not capture.exists():
         samples = load_task("niah", loaded.tokenizer, PROMPTS, LENGTH, 0)
         run_capture(CaptureConfig("niah", "tiny", PROMPTS, LENGTH, 0), loaded, samples, capture)
-    found = {name: run_search(config, work / name) for name, config in searches(capture).items()}
+    found = {name: run_search(config, work / name.replace(", by ", "-")) for name, config in searches(capture).items()}
     wanted = {e["policy"] for s in found.values() for e in confirmation(s.verdicts)}
     wanted |= {v.best for s in found.values() for v in s.verdicts}
     fresh = load_task("niah", loaded.tokenizer, PROMPTS, LENGTH, FRESH)
@@ -119,8 +125,8 @@ def main() -> None:
     ]
     for name, summary in found.items():
         rows = rows_of(summary, accuracy, draws)
-        result[name] = {"space": summary.space, "trials": summary.n_trials, "rows": rows, "least_harm": summary.marginals}
-        pages += [f"## {name}: {summary.n_trials} trials of `{summary.space}`", "", table(rows), ""]
+        result[name] = {"space": summary.space, "trials": summary.n_trials, "rows": rows, "least": summary.marginals}
+        pages += [f"## {name}: {summary.n_trials} trials of `{summary.space}`", "", table(rows, summary.by), ""]
     RESULT.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     RESULT.with_suffix(".md").write_text("\n".join(pages))
     print("\n".join(pages))

@@ -1,15 +1,18 @@
 """How long the report of a full HACE grid takes, and how large it gets: SYNTHETIC records, made up from a formula, through the real report.
 
-    python benchmarks/synthetic_study.py OUT [--prompts 100] [--models 4 --lengths 5 --retentions 6 --methods 7 --tasks 5]
+    python benchmarks/synthetic_study.py OUT [--prompts 100] [--models 4 --lengths 5 --retentions 6 --methods 7 --tasks 5] [--json FILE]
 
 Writes a study's folder as ``kvtool run`` leaves it, but with made-up records (``"synthetic": true`` in every run.json and in the study's
-sentence), then times ``kvtool analyze study``. No figure in it says anything of any model or method.
+sentence), then times ``kvtool analyze study``, and how long a headless Chromium takes to open the report, where there is one. No figure in
+it says anything of any model or method.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,12 @@ def _record(
     }  # fmt: skip
 
 
+def processor_time() -> float:
+    """Return the processor time of this process and of those that it started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def main() -> None:
     """Write, time, and print size and seconds."""
     from kvtool.studies.report import report_of_folder
@@ -121,18 +130,45 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, value in (("models", 4), ("lengths", 5), ("retentions", 6), ("methods", 7), ("tasks", 5), ("prompts", 100)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--json", type=Path, help="Write the figures there.")
     args = parser.parse_args()
     text = study_text(args.models, args.lengths, args.retentions, args.methods, args.tasks, args.prompts)
     started = time.perf_counter()
     count = write_study(args.out, text)
     size = sum(path.stat().st_size for path in args.out.glob("nodes/*/records.jsonl"))
     print(f"{count} synthetic records, {size / 1e6:.0f} MB, written in {time.perf_counter() - started:.1f} s")
-    started, busy = time.perf_counter(), time.process_time()
+    started, busy = time.perf_counter(), processor_time()
     summary = report_of_folder(args.out, args.out / "report")
-    wall, busy = time.perf_counter() - started, time.process_time() - busy
+    wall, busy = time.perf_counter() - started, processor_time() - busy
+    found = {
+        "records": count,
+        "prompts": args.prompts,
+        "record_bytes": size,
+        "analysis_wall_s": round(wall, 1),
+        "analysis_processor_s": round(busy, 1),
+        "report_bytes": summary.report.stat().st_size,
+        **opening(summary.report),
+    }
+    print(f"analyzed in {wall:.1f} s ({busy:.1f} s of processor time); report.html {found['report_bytes'] / 1e6:.2f} MB")
     print(
-        f"analyzed in {wall:.1f} s ({busy:.1f} s of processor time); report.html {summary.report.stat().st_size / 1e6:.2f} MB"
+        f"opened in {found['opening_s']} s, {found['elements']} elements" if "opening_s" in found else "no Chromium: not opened"
     )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def opening(report: Path) -> dict[str, Any]:
+    """Return the seconds that a headless Chromium takes from asking for the page until it is painted, thrice; empty without one."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from chromium import chromium, find_chromium
+
+    if find_chromium() is None:
+        return {}
+    with chromium() as page:
+        times = [round(page.open(report), 2) for _ in range(3)]
+        load = page.run("performance.timing.loadEventEnd - performance.timing.navigationStart") / 1000
+        n = page.run("document.getElementsByTagName('*').length")
+        return {"opening_s": times, "load_event_s": load, "elements": n, "errors": page.errors}
 
 
 if __name__ == "__main__":

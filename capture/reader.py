@@ -124,6 +124,18 @@ class CapturedSample:
     capture: Capture = field(repr=False, compare=False)
 
     @property
+    def evidence_spans(self) -> list[tuple[int, int]]:
+        """Spans of tokens that the task names as evidence, as far as they are compressed."""
+        spans = [(int(a), min(int(b), self.seq_len)) for a, b in self.meta.get("evidence", [])]
+        return [(a, b) for a, b in spans if a < b]
+
+    @property
+    def evidence_positions(self) -> NDArray[np.int64]:
+        """Positions of `evidence_spans`, ascending, each once."""
+        spans = [np.arange(a, b) for a, b in self.evidence_spans]
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *spans]))
+
+    @property
     def prompt_ids(self) -> list[int]:
         """Token ids of context + question."""
         return self._array("prompt_ids").tolist()  # type: ignore[no-any-return]

@@ -24,6 +24,8 @@ SURE_FROM = 0.8
 BINS = 10
 #: calibration error above which the bootstrap's share is calibrated
 CALIBRATE_ABOVE = 0.05
+#: random splits in halves, and bootstrap draws in each
+SPLITS, SPLIT_DRAWS = 50, 200
 #: folds of heads for the cross-fitted calibration
 FOLDS = 5
 

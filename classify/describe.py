@@ -68,9 +68,10 @@ def _worth(summary: ClassifySummary) -> list[str]:
         lines.append(_calibration(summary.reliability))
     if summary.halves is not None:
         h = summary.halves
+        sure = "" if h.ari_sure is None else f"; {h.ari_sure:.3f} over the {h.sure:.0%} that both halves are sure of"
         lines.append(
             f"labels of disjoint halves ({h.n_half} prompts each): adjusted Rand {h.ari:.3f} ({h.ari_low:.3f} to {h.ari_high:.3f}), "
-            f"{h.same:.1%} of the heads the same"
+            f"{h.same:.1%} of the heads the same{sure}"
         )
     if summary.coverage is not None:
         c = summary.coverage

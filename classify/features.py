@@ -160,10 +160,9 @@ def head_table(samples: list[CapturedSample]) -> HeadTable:
             activity=None if output is None else output / np.maximum(output.mean(-1, keepdims=True), 1e-30),
             content=content if some_permuted else None,
         )
-        spans = [span for span in sample.meta.get("evidence", []) if span[1] <= sample.seq_len]
+        spans = sample.evidence_spans
         if spans and probes.attention.shape[2]:
-            positions = np.concatenate([np.arange(a, b) for a, b in spans])
-            lists.add(retrieval=probes.attention[..., positions].sum(-1).mean(-1))
+            lists.add(retrieval=probes.attention[..., sample.evidence_positions].sum(-1).mean(-1))
             if answered_right(probes):
                 reasoning = reasoning_importance(probes, spans)
         lists.add(reasoning=reasoning)
@@ -204,7 +203,7 @@ def missing_features(capture: Capture) -> dict[str, str]:
     if without:
         reason = older if asked is None else "captured with --permute 0" if not asked else "too short to permute"
         missing["content"] = f"{without} of {n_asked} prompts lack it ({reason})"
-    if all(not s.meta.get("evidence") for s in capture.samples):
+    if not any(sample.evidence_spans for sample in capture.samples):
         missing["retrieval"] = "the prompts name no evidence"
     return {**missing, **capture.repeats().skipped}
 

@@ -103,7 +103,7 @@ def captured_record(sample: CapturedSample, sink: int, window: int) -> dict[str,
         "gain": gain_importance(probes.gain, probes.gain_own),
     }
     missing = {}
-    spans = [(int(a), int(b)) for a, b in sample.meta.get("evidence", []) if b <= sample.seq_len]
+    spans = sample.evidence_spans
     if not spans:
         missing["reasoning"] = "names no evidence"
     elif not answered_right(probes):

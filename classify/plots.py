@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvtool.classify.confidence import BINS, Reliability
-from kvtool.files import write_atomic, write_text
+from kvtool.files import write_text
+from kvtool.pictures import save_canvas
 
 #: Okabe-Ito, safe for colour-blind readers; markers differ too
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
@@ -16,7 +17,7 @@ COLUMNS = ("heads", "low", "high", "confidence", "agreement", "n")
 
 
 def plot_reliability(judged: Mapping[str, Reliability], path: Path) -> None:
-    """Draw agreement against confidence per bin, and below how many pairs a bin holds; write a PNG atomically."""
+    """Draw agreement against confidence per bin, and below how many pairs a bin holds; write PNG, SVG and PDF atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,10 +37,8 @@ def plot_reliability(judged: Mapping[str, Reliability], path: Path) -> None:
     figure.legend(loc="outside upper center", frameon=False, fontsize=9)
     for axis in (upper, lower):
         axis.grid(alpha=0.25)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    save_canvas(figure, path.parent, path.stem, 120)
     plt.close(figure)
-    write_atomic(path, lambda file: file.write(image.getvalue()))
 
 
 def write_reliability(judged: Mapping[str, Reliability], path: Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from kvtool.classify.confidence import (
     MIN_CHECKED,
     MIN_PROMPTS,
+    SPLIT_DRAWS,
+    SPLITS,
     SURE_FROM,
     Reliability,
     bootstrap_confidence,
@@ -50,8 +52,6 @@ FIGURES = (
 )  # fmt: skip
 #: what the importance of a head can be
 IMPORTANCES = ("auto", "reasoning", "gain")
-#: random splits in halves, and bootstrap draws in each
-SPLITS, SPLIT_DRAWS = 50, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +366,7 @@ def _diagram(path: Path, judged: dict[str, Reliability]) -> tuple[Path, ...]:
     picture, figures = (path.with_name(f"{path.stem}_reliability.{end}") for end in ("png", "csv"))
     if not judged:
         # Of an earlier run with more prompts: they would be taken for this one's.
-        for old in (picture, figures):
+        for old in (picture, figures, picture.with_suffix(".svg"), picture.with_suffix(".pdf")):
             old.unlink(missing_ok=True)
         return ()
     plot_reliability(judged, picture)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtool.classify.confidence import SPLIT_DRAWS, SURE_FROM, bootstrap_confidence
 from kvtool.classify.features import HeadTable
 from kvtool.classify.kinds import KINDS, Int, kinds_of_all, weighted_means
 
@@ -29,6 +30,10 @@ class Halves:
         Adjusted Rand index: mean, and the range of the middle 95 % of the splits.
     same : float
         Share of heads with the same label.
+    sure : float or None
+        Share of heads that both sets are sure of, each from its own prompts; None where sets are too small for a confidence.
+    ari_sure : float or None
+        Mean adjusted Rand index over those heads alone: what the labels are worth where the tool says that it knows.
     """
 
     n_splits: int
@@ -37,22 +42,42 @@ class Halves:
     ari_low: float
     ari_high: float
     same: float
+    sure: float | None
+    ari_sure: float | None
 
 
-def halves(table: HeadTable, rng: np.random.Generator, splits: int, size: int | None = None) -> Halves | None:
+def halves(
+    table: HeadTable, rng: np.random.Generator, splits: int, size: int | None = None, draws: int = SPLIT_DRAWS
+) -> Halves | None:
     """Compare the labels of two disjoint random sets of prompts, halves unless `size` says less; None with too few prompts."""
     n = table.n_prompts
     size = n // 2 if size is None else size
     if size < 1 or 2 * size > n:
         return None
-    scores, same = [], []
+    scores, same, sure, of_sure = [], [], [], []
     for _ in range(splits):
         order = rng.permutation(n)
-        first, second = (kinds_of_all(table.take(part)) for part in (order[:size], order[size : 2 * size]))
+        sets = [table.take(part) for part in (order[:size], order[size : 2 * size])]
+        first, second = (kinds_of_all(each) for each in sets)
         scores.append(rand_index(first, second))
         same.append((first == second).mean())
+        shares = [share for each in sets if (share := bootstrap_confidence(each, rng, draws)) is not None]
+        if len(shares) == len(sets):
+            known = np.min(shares, axis=0) >= SURE_FROM
+            sure.append(known.mean())
+            # Without a head that both know there is nothing to compare.
+            of_sure += [rand_index(first[known], second[known])] if known.any() else []
     low, high = np.quantile(scores, [0.025, 0.975])
-    return Halves(splits, size, float(np.mean(scores)), float(low), float(high), float(np.mean(same)))
+    return Halves(
+        splits,
+        size,
+        float(np.mean(scores)),
+        float(low),
+        float(high),
+        float(np.mean(same)),
+        float(np.mean(sure)) if sure else None,
+        float(np.mean(of_sure)) if of_sure else None,
+    )
 
 
 def rand_index(first: Int, second: Int) -> float:

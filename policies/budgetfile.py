@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import write_json
 from kvtool.policies.budget import Budget
-from kvtool.policies.planfile import load_json, stamp
+from kvtool.policies.planfile import damage, load_json, stamp
 
 SCHEMA = "kvtool.budgets/1"
 HOW = "make one with kvtool plan export --budget or kvtool plan import"
@@ -337,7 +337,7 @@ def _read(path: str, mtime: int, size: int) -> BudgetPlan:
         )
     if schema != SCHEMA:
         raise DataError(f"{path} is no plan of budgets (schema {SCHEMA!r} is needed); {HOW}")
-    try:
+    with damage(path, HOW):
         protection = value["protection"]
         plan = BudgetPlan(
             path,
@@ -355,8 +355,6 @@ def _read(path: str, mtime: int, size: int) -> BudgetPlan:
             raise ValueError(
                 f"scorer {plan.scorer} protects {selector.sink} + {selector.window} entries, the plan says {plan.sink} + {plan.window}"
             )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise DataError(f"plan {path} is damaged ({error}); {HOW}") from error
     return plan
 
 

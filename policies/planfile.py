@@ -6,6 +6,8 @@ Shapes: L planned layers, H KV heads, N points of a curve, T prompt positions.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.errors import DataError
+from kvtool.errors import ConfigError, DataError
 from kvtool.files import write_json
 from kvtool.policies.hull import Hull, lower_hull
 from kvtool.policies.shapes import BudgetShape, shaped_budgets
@@ -142,6 +144,21 @@ def load_json(path: str, how: str) -> Any:
         raise DataError(f"plan {path} cannot be read ({' '.join(str(error).split())[:120]}); {how}") from error
 
 
+@contextmanager
+def damage(path: str, how: str) -> Iterator[None]:
+    """Turn what reading the values of a plan file may raise into one line; `how` says how to make one.
+
+    Raises
+    ------
+    DataError
+        A value is missing, of another type, or does not fit the others.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise DataError(f"plan {path} is damaged ({error}); {how}") from error
+
+
 def write_plan(path: Path, plan: Plan) -> None:
     """Write a plan atomically; `read_plan` gives the same figures back."""
     value = {"schema": SCHEMA, **asdict(plan)}
@@ -166,7 +183,7 @@ def _read(path: str, mtime: int, size: int) -> Plan:
     value = load_json(path, HOW)
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise DataError(f"{path} is no plan (schema {SCHEMA!r} is needed); {HOW}")
-    try:
+    with damage(path, HOW):
         plan = Plan(
             path,
             str(value["scorer"]),
@@ -185,6 +202,4 @@ def _read(path: str, mtime: int, size: int) -> Plan:
             raise ValueError("free_shares must rise from 0 to 1")
         if not np.isfinite(plan.harm).all() or not isinstance(plan.model["fingerprint"], str):
             raise ValueError("harm must be finite, and the model's fingerprint a text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"plan {path} is damaged ({error}); {HOW}") from error
     return plan

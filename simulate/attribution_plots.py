@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kvtool.files import write_atomic, write_text
+from kvtool.files import write_text
+from kvtool.pictures import save_canvas
 from kvtool.simulate.attribution import CAUSES
 from kvtool.simulate.attribution_rows import MEASURES, REAL, REMEDIES, Row
 from kvtool.simulate.plots import COLOURS
@@ -21,7 +22,7 @@ WRITTEN = 48
 
 
 def plot_causes(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Stack the four causes of the plain mean's cost per budget and block, beside the cost of what else can be run; a PNG."""
+    """Stack the four causes of the plain mean's cost per budget and block, beside the cost of what else can be run; PNG, SVG and PDF."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,9 +129,25 @@ def _grid(row: Row, name: str) -> np.ndarray:
 
 
 def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    save_canvas(figure, path.parent, path.stem, 130)
+
+
+def write_causes(rows: Sequence[Row], path: Path) -> None:
+    """Write the figures of `plot_causes`: a line per policy, budget and block, as CSV."""
+    able = [row for row in rows if row.message is None]
+    if not able:
+        return
+    costs = list(able[0].cost)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    ends = [f"{cause}{end}" for cause in CAUSES for end in ("", "_low", "_high")]
+    writer.writerow(["policy", "block", "measure", *ends, *(f"cost_{name}" for name in costs)])
+    for row in able:
+        figures = [
+            value for cause in CAUSES for value in (row.causes[cause].mean, row.causes[cause].low, row.causes[cause].high)
+        ]
+        writer.writerow([row.policy, row.block, row.measure, *figures, *(row.cost[name] for name in costs)])
+    write_text(path, buffer.getvalue())
 
 
 def write_heads(rows: Sequence[Row], path: Path) -> None:

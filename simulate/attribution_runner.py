@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.errors import ConfigError, DataError
+from kvtool.errors import ConfigError
 from kvtool.files import write_json, write_text
 from kvtool.policies import Policy, expand_policies
 from kvtool.policies.compensation import Compensation
 from kvtool.policies.headfile import check_heads
 from kvtool.policies.when import When
-from kvtool.progress import say, track
+from kvtool.progress import track
 from kvtool.simulate.attribution_rows import MEASURES, Row, make_row, real_figures
 from kvtool.simulate.attribution_sample import WEIGHTED, SampleCells, possible, sample_cells
 from kvtool.simulate.attribution_words import accuracy_table, help_table, paragraph, real_table, table
 from kvtool.simulate.curves import Float
 from kvtool.simulate.evaluate import sample_table
+from kvtool.simulate.prompts import usable_prompts
 from kvtool.simulate.rank import resample_weights
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def run_attribution(config: AttributionConfig, out: str | Path, loaded: LoadedMo
         check_heads(policies, capture.model)
         if config.refine and loaded is not None:
             capture.check_model(loaded.info)
-        samples = _samples(capture)
+        samples = usable_prompts(capture, "compensation")
         keys = [(policy, block) for policy in policies for block in dict.fromkeys(config.blocks)]
         reasons = _impossible(samples, policies, tuple(dict.fromkeys(config.blocks)))
         able = [key for key in keys if reasons[key] is None]
@@ -197,20 +198,6 @@ def _refuse(policies: Sequence[Policy]) -> None:
             raise ConfigError(f"policy {policy}: what stands for evicted entries is compared unquantized; leave quant= out")
         if policy.method.keeps_all:
             raise ConfigError(f"policy {policy} evicts nothing; give one that does, such as snapkv")
-
-
-def _samples(capture: Capture) -> list[CapturedSample]:
-    """Return the prompts that say something, refusing captures whose prompts cannot be averaged per head."""
-    samples = [sample for sample in capture.samples if sample.n_probe]
-    masks = {sample.compressible for sample in samples}
-    if len(masks) != 1 or not any(next(iter(masks))):
-        raise DataError(
-            f"capture {capture.path} has no prompts with probes, or prompts that differ in which layers can be compressed; "
-            "capture prompts of one length with answers of several tokens"
-        )
-    if len(samples) < len(capture.samples):
-        say(f"compensation: {len(capture.samples) - len(samples)} prompts without probes are left out")
-    return samples
 
 
 def _impossible(samples: Sequence[CapturedSample], policies: Sequence[Policy], blocks: Sequence[str]) -> dict[Key, str | None]:
@@ -302,12 +289,13 @@ def _provenance(config: AttributionConfig, capture: Capture, n_samples: int) -> 
 
 
 def _write(summary: AttributionSummary, what: dict[str, Any]) -> None:
-    from kvtool.simulate.attribution_plots import plot_causes, plot_heads, write_heads
+    from kvtool.simulate.attribution_plots import plot_causes, plot_heads, write_causes, write_heads
 
     folder, rows = summary.folder, summary.rows
     write_json(folder / "compensation.json", {**what, "notes": list(summary.notes), "rows": [row.to_json() for row in rows]})
     title = f"{what['model']['model_id']}, {what['capture']['task']}, {summary.n_samples} prompts"
     write_text(folder / "compensation.md", f"# Compensation: {title}\n\n```\n{summary.text(said=None)}\n```\n")
+    write_causes(rows, folder / "causes.csv")
     write_heads(rows, folder / "heads.csv")
     plot_causes(rows, folder / "causes.png", title)
     plot_heads(rows, folder / "heads.png", title)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log1p
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from kvtool.policies import Policy
 from kvtool.policies.budget import Budget
 from kvtool.simulate.domains import Value
 from kvtool.simulate.pareto import pareto_front
-from kvtool.simulate.trials import Measured, Record, Task, harm_table, measure
+from kvtool.simulate.trials import By, Measured, Record, Task, loss_table, measure
 from kvtool.simulate.verdict import Float, Verdict, compare, tied_with_best, words
 
 #: A simpler setting is chosen if its harm is also at most this share above the best one's: few prompts tie nearly everything. And a
 #: compensation has to save more than this: in real runs gains of 4 % were none (benchmarks/results/search.md), and it costs time.
+#: Risk counts harm by its logarithm: there the same step is a difference, log(1 + MARGIN).
 MARGIN = 0.05
-#: points of a front of harm against retention that are judged
+#: points of a front of loss against retention that are judged
 MOST_POINTS = 12
 
 
@@ -37,7 +39,7 @@ class Chosen:
     together : str or None
         Setting, without a budget.
     marginals : dict
-        Budget -> parameter -> value -> least harm on the searched prompts.
+        Budget -> parameter -> value -> least risk or harm on the searched prompts.
     notes : tuple of str
     """
 
@@ -100,20 +102,25 @@ def conclude(task: Task, records: Sequence[Record], searched: Float, held_out: F
 
 def _pick(task: Task, records: Sequence[Record], budget: str, weights: Float, *, simplest: bool) -> Pick | None:
     """Choose the trial of one budget."""
-    distinct = [r["number"] for r in records if r["repeats"] is None and r["harm"].get(budget)]
+    distinct = [r["number"] for r in records if r["repeats"] is None and r["loss"].get(budget)]
     if not distinct:
         return None
-    harm = harm_table([records[i] for i in distinct], budget, len(task.searched))
-    by_number = dict(zip(distinct, harm.mean(axis=1).tolist(), strict=True))
-    tied = [distinct[i] for i in tied_with_best(harm, weights)]
+    loss = loss_table([records[i] for i in distinct], budget, len(task.searched))
+    by_number = dict(zip(distinct, loss.mean(axis=1).tolist(), strict=True))
+    tied = [distinct[i] for i in tied_with_best(loss, weights)]
     best = chosen = tied[0]
-    reason = f"smallest mean harm on the {len(task.searched)} prompts of the search"
+    reason = f"smallest mean {task.by} on the {len(task.searched)} prompts of the search"
     if simplest:
-        near = [i for i in distinct if by_number[i] <= by_number[best] * (1 + MARGIN)]
+        near = [i for i in distinct if _near(task.by, by_number[i], by_number[best])]
         close = [i for i in near if i in tied or not _compensated(task, records[i])]
         chosen = min(close, key=lambda i: _effort(task, records[i]["params"]))
         reason = _reason(task, records, chosen, best, close, by_number)
     return Pick(chosen, budget, best, tuple(i for i in tied if i != chosen), reason)
+
+
+def _near(by: By, loss: float, best: float) -> bool:
+    """Return whether a mean loss counts as good as the best one's, see `MARGIN`."""
+    return loss <= (best * (1 + MARGIN) if by == "harm" else best + log1p(MARGIN))
 
 
 def _compensated(task: Task, record: Record) -> bool:
@@ -132,25 +139,27 @@ def _effort(task: Task, params: dict[str, Value]) -> tuple[Any, ...]:
 
 
 def _reason(
-    task: Task, records: Sequence[Record], chosen: int, best: int, close: Sequence[int], harm: Mapping[int, float]
+    task: Task, records: Sequence[Record], chosen: int, best: int, close: Sequence[int], loss: Mapping[int, float]
 ) -> str:
     """Say why it is the choice, in plain words."""
     where = f"on the {len(task.searched)} prompts of the search"
     if chosen == best and len(close) == 1:
-        return f"smallest mean harm {where}"
-    saved = 1 - harm[best] / harm[chosen] if harm[chosen] else 0.0
+        return f"smallest mean {task.by} {where}"
+    if task.by == "risk":
+        saved, least = f"{loss[chosen] - loss[best]:.3f}", f"{log1p(MARGIN):.3f}"
+    else:
+        share = 1 - loss[best] / loss[chosen] if loss[chosen] else 0.0
+        saved, least = f"{share:.1%}", f"{MARGIN:.0%}"
     if _compensated(task, records[best]) and not _compensated(task, records[chosen]):
-        return (
-            f"{where} the best compensation would save {saved:.1%} of its harm, not the {MARGIN:.0%} that one has to be worth"
-        )
+        return f"{where} the best compensation would save {saved} of its {task.by}, not the {least} that one has to be worth"
     order = "the simplest by compensation, changes from the defaults, window and kernel"
     if chosen == best:
-        return f"smallest mean harm {where}, and {order} of the {len(close)} settings that are as good"
-    return f"{order} of the {len(close)} settings that are as good as the best {where} (it has {saved:.1%} more harm)"
+        return f"smallest mean {task.by} {where}, and {order} of the {len(close)} settings that are as good"
+    return f"{order} of the {len(close)} settings that are as good as the best {where} (its {task.by} is {saved} higher)"
 
 
 def _front(task: Task, records: Sequence[Record]) -> list[Pick]:
-    """Choose the trials that no other one beats in harm and retention, thinned evenly."""
+    """Choose the trials that no other one beats in loss and retention, thinned evenly."""
     able = [r for r in records if r["repeats"] is None and r["values"][0] is not None]
     values = np.asarray([r["values"] for r in able], dtype=np.float64).reshape(-1, 2)
     front = np.flatnonzero(pareto_front(values[:, 1], values[:, 0]))
@@ -158,8 +167,8 @@ def _front(task: Task, records: Sequence[Record]) -> list[Pick]:
     shown: Any = (
         np.unique(np.linspace(0, len(front) - 1, min(len(front), MOST_POINTS)).round().astype(int)) if len(front) else []
     )
-    reason = f"no other of the {len(able)} settings keeps at most as much and harms at most as much"
-    return [Pick(able[i]["number"], next(iter(able[i]["harm"])), able[i]["number"], (), reason) for i in front[shown]]
+    reason = f"no other of the {len(able)} settings keeps at most as much at no more {task.by}"
+    return [Pick(able[i]["number"], next(iter(able[i]["loss"])), able[i]["number"], (), reason) for i in front[shown]]
 
 
 def _judge(task: Task, records: Sequence[Record], picks: Sequence[Pick], weights: Float) -> list[Verdict]:
@@ -168,28 +177,28 @@ def _judge(task: Task, records: Sequence[Record], picks: Sequence[Pick], weights
     defaults = [_default(task, pick.budget) for pick in picks]
     wanted = list({str(p): p for p in (*chosen, *(d for d in defaults if d is not None))}.values())
     names = [str(policy) for policy in wanted]
-    before = dict(zip(names, measure(task.searched, wanted), strict=True))
-    after = dict(zip(names, measure(task.held_out, wanted), strict=True))
+    before = dict(zip(names, measure(task.searched, wanted, task.by), strict=True))
+    after = dict(zip(names, measure(task.held_out, wanted, task.by), strict=True))
     found = []
     for pick, policy, default in zip(picks, chosen, defaults, strict=True):
         here, there = before[str(policy)], after[str(policy)]
         base, base_there = (None, None) if default is None else (before[str(default)], after[str(default)])
         ok = base is not None and base_there is not None and not (base.message or base_there.message or there.message)
-        interval = compare(there.harm, base_there.harm, weights) if ok and base_there else (None, None, None)
+        interval = compare(there.loss, base_there.loss, weights) if ok and base_there else (None, None, None)
         tied = [str(task.policies(records[i]["params"])[pick.budget]) for i in pick.tied]
         found.append(
             Verdict(
                 budget=pick.budget,
                 policy=str(policy),
                 default=str(default) if base and not base.message else None,
-                searched=float(np.mean(here.harm)),
+                searched=float(np.mean(here.loss)),
                 default_searched=_mean(base) if ok else None,
                 held_out=_mean(there),
                 default_held_out=_mean(base_there) if ok else None,
                 difference=interval[0],
                 low=interval[1],
                 high=interval[2],
-                verdict=there.message or words(interval, len(there.harm), same=policy == default),
+                verdict=there.message or words(interval, len(there.loss), same=policy == default),
                 tied=tuple(tied[:20]),
                 n_tied=len(tied),
                 best=str(task.policies(records[pick.best]["params"])[pick.budget]),
@@ -202,7 +211,7 @@ def _judge(task: Task, records: Sequence[Record], picks: Sequence[Pick], weights
 
 
 def _mean(measured: Measured | None) -> float | None:
-    return float(np.mean(measured.harm)) if measured and measured.harm else None
+    return float(np.mean(measured.loss)) if measured and measured.loss else None
 
 
 def _default(task: Task, budget: str) -> Policy | None:
@@ -225,23 +234,25 @@ def _default(task: Task, budget: str) -> Policy | None:
 
 
 def _together(task: Task, records: Sequence[Record]) -> str | None:
-    """Return the setting with the least harm relative to the best of each budget, mean over budgets."""
+    """Return the setting with the least loss beside the best of each budget, mean over budgets: ratios of harms, differences of risks."""
     able = [r for r in records if all(v is not None for v in r["values"])]
     if len(task.budgets) < 2 or not able:
         return None
     values = np.asarray([r["values"] for r in able], dtype=np.float64)
     best = values.min(axis=0)
-    relative = np.divide(values, best, out=np.ones_like(values), where=best > 0).mean(axis=1)
-    return str(able[int(np.argmin(relative))]["policy"])
+    excess = values - best
+    if task.by == "harm":
+        excess = np.divide(values, best, out=np.ones_like(values), where=best > 0)
+    return str(able[int(np.argmin(excess.mean(axis=1)))]["policy"])
 
 
 def _marginals(task: Task, records: Sequence[Record], budget: str) -> dict[str, dict[str, float]]:
-    """Return per searched parameter the least harm with each of its values; a block only counts with its compensation."""
+    """Return per searched parameter the least loss with each of its values; a block only counts with its compensation."""
     place = task.budgets.index(budget)
     found: dict[str, dict[str, float]] = {}
     for record in records:
-        harm = record["values"][place]
-        if harm is None:
+        loss = record["values"][place]
+        if loss is None:
             continue
         params = dict(record["params"])
         pairs = {k: str(v) for k, v in params.items() if k in task.space.searched}
@@ -252,7 +263,7 @@ def _marginals(task: Task, records: Sequence[Record], budget: str) -> dict[str, 
             pairs |= {"window and compensation": f"{window}, {label}"} if "window" in task.space.searched else {}
         for key, value in pairs.items():
             least = found.setdefault(key, {})
-            least[value] = min(harm, least.get(value, harm))
+            least[value] = min(loss, least.get(value, loss))
     return found
 
 

@@ -241,7 +241,7 @@ def _predict(sample: CapturedSample, views: Sequence[LayerView], groups: list[_G
     """Let the probes of one layer after the other pass by all groups."""
     if not groups:
         return {}
-    floored, evidence, attended = [], evidence_positions(sample), 0.0
+    floored, evidence, attended = [], sample.evidence_positions, 0.0
     for row, view in enumerate(views):
         table = layer_table(sample, view)
         floored.append(floored_share(table))
@@ -258,12 +258,6 @@ def _predict(sample: CapturedSample, views: Sequence[LayerView], groups: list[_G
     for group in groups:
         found |= _figures(sample.seq_len, group, share, attended)
     return found
-
-
-def evidence_positions(sample: CapturedSample) -> NDArray[np.int64]:
-    """Return the positions that the prompt's task names as evidence, as far as they are compressed."""
-    spans = [np.arange(a, min(b, sample.seq_len)) for a, b in sample.meta.get("evidence", [])]
-    return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *spans]))
 
 
 def _figures(seq_len: int, group: _Group, floored: float, attended: float) -> dict[int, Prediction]:

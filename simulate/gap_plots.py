@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvtool.files import write_atomic
+from kvtool.pictures import save_canvas
 from kvtool.simulate.gap_rows import GapRow
 from kvtool.simulate.gap_words import WORDS, budgets_of
 from kvtool.simulate.gaps import PARTS, Part
@@ -26,7 +25,7 @@ MOST_BARS, MOST_PANELS = 16, 8
 
 
 def plot_gaps(rows: Sequence[GapRow], path: Path, title: str) -> None:
-    """Draw stacked bars, negative parts to the left of zero, and write a PNG atomically."""
+    """Draw stacked bars, negative parts to the left of zero, and write PNG, SVG and PDF atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,10 +52,8 @@ def plot_gaps(rows: Sequence[GapRow], path: Path, title: str) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     note = f" ({left_out} more budgets in gaps.csv)" if left_out > 0 else ""
     figure.suptitle(f"Predicted harm above the oracle, by cause: {title}{note}", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    save_canvas(figure, path.parent, path.stem, 130)
     plt.close(figure)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
 def draw_budget(axis: Any, rows: Sequence[GapRow]) -> None:

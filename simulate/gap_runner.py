@@ -8,26 +8,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from kvtool.errors import ConfigError, DataError
+from kvtool.errors import ConfigError
 from kvtool.files import write_text
 from kvtool.policies import Policy, expand_policies, refuse_impossible
 from kvtool.policies.headfile import check_heads
 from kvtool.policies.shapes import SHAPES
 from kvtool.policies.text import method_key
 from kvtool.policies.when import When
-from kvtool.progress import say, track
+from kvtool.progress import track
 from kvtool.simulate.gap_curves import PromptCurves, Ranking, prompt_curves, ranking_of
 from kvtool.simulate.gap_rows import Figure, GapRow, ShapeRow, fill_row, start_row
 from kvtool.simulate.gap_words import sentences, shape_table, table
 from kvtool.simulate.gaps import PARTS, Decomposer
+from kvtool.simulate.prompts import usable_prompts
 from kvtool.simulate.rank import resample_weights
-
-if TYPE_CHECKING:
-    from kvtool.capture.reader import Capture, CapturedSample
 
 DEFAULT_POLICIES = ("snapkv", "h2o", "pyramidkv", "cake", "adakv", "lava", "random")
 
@@ -119,7 +117,7 @@ def run_gaps(config: GapConfig, out: str | Path) -> GapSummary:
     policies = [p for p in expand_policies(config.policies, config.budgets, heads=config.heads) if not p.method.keeps_all]
     _refuse(policies)
     with open_capture(config.capture) as capture:
-        samples = usable(capture)
+        samples = usable_prompts(capture, "gaps")
         check_heads(policies, capture.model)
         refuse_impossible(policies, [sample.seq_len for sample in samples])
         prompts = [prompt_curves(sample, policies) for sample in track(samples, len(samples), "gaps")]
@@ -145,27 +143,6 @@ def _refuse(policies: Sequence[Policy]) -> None:
                 f"policy {policy}: gaps are of what is kept of a prompt; leave compensate=, decode=, positions=, chunk= and quant= out "
                 "(kvtool analyze compensation explains representatives)"
             )
-
-
-def usable(capture: Capture) -> list[CapturedSample]:
-    """Return the prompts with probes; they must agree in which layers can be compressed.
-
-    Raises
-    ------
-    DataError
-        None, or they differ.
-    """
-    samples = [sample for sample in capture.samples if sample.n_probe]
-    if not samples:
-        raise DataError(f"capture {capture.path} holds no prompt with probes; capture prompts with answers of several tokens")
-    if len(samples) < len(capture.samples):
-        say(f"gaps: {len(capture.samples) - len(samples)} of {len(capture.samples)} prompts have no probes and are left out")
-    masks = {sample.compressible for sample in samples}
-    if len(masks) != 1 or not any(next(iter(masks))):
-        raise DataError(
-            f"capture {capture.path} has no layer that can be compressed, or prompts that differ in which; capture prompts of one length"
-        )
-    return samples
 
 
 def make_row(

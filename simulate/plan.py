@@ -20,7 +20,8 @@ from kvtool.policies.text import method_key
 from kvtool.policies.when import When
 from kvtool.progress import track
 from kvtool.simulate.curves import head_evidence, head_harm
-from kvtool.simulate.evaluate import evidence_positions, sample_table
+from kvtool.simulate.evaluate import sample_table
+from kvtool.simulate.prompts import usable_prompts
 
 if TYPE_CHECKING:
     from kvtool.capture.reader import Capture, CapturedSample
@@ -53,7 +54,7 @@ def sample_curves(sample: CapturedSample, policy: Policy) -> SampleCurves:
     entries = protected + np.round(FREE_SHARES * (sample.seq_len - protected)).astype(np.int64)
     counts = np.broadcast_to(entries[:, None, None], (len(entries), *orders.shape[:2]))
     table = sample_table(sample)
-    lost, whole = head_evidence(table, evidence_positions(sample), orders, counts)
+    lost, whole = head_evidence(table, sample.evidence_positions, orders, counts)
     return SampleCurves(head_harm(table, orders, counts), lost / whole if whole > 0 else None)
 
 
@@ -134,7 +135,7 @@ def _measure_capture(path: str | Path, policy: Policy) -> _Measured:
     from kvtool.capture.reader import open_capture
 
     with open_capture(path) as capture:
-        samples = _usable(capture, probes=True)
+        samples = usable_prompts(capture, "plan")
         harm, evidence, n_named = np.zeros(1), np.zeros(1), 0
         for sample in track(samples, len(samples), "plan"):
             found = sample_curves(sample, policy)
@@ -174,7 +175,7 @@ def policy_budgets(capture_path: str | Path, text: str, length: int | None = Non
     _refuse_unplannable(policy)
     with open_capture(capture_path) as capture:
         check_heads([policy], capture.model)
-        samples = _usable(capture, probes=False)
+        samples = usable_prompts(capture, "plan", probes=False)
         length = length or max(sample.seq_len for sample in samples)
         least = policy.minimum(length)
         total = policy.entries(length)
@@ -221,18 +222,6 @@ def _shares(sample: CapturedSample, policy: Policy) -> np.ndarray:
     counts = np.asarray(kept_counts(policy, views, [parts.scorer.score(view) for view in views]), dtype=np.float64)
     least = min(policy.minimum(sample.seq_len), sample.seq_len)
     return (counts - least) / (sample.seq_len - least) if least < sample.seq_len else np.ones_like(counts)
-
-
-def _usable(capture: Capture, *, probes: bool) -> list[CapturedSample]:
-    samples = [sample for sample in capture.samples if sample.n_probe or not probes]
-    masks = {sample.compressible for sample in samples}
-    if len(masks) != 1 or not any(next(iter(masks))):
-        what = "has no prompts with probes, or prompts that differ" if probes else "has prompts that differ"
-        raise DataError(
-            f"capture {capture.path} {what} in which layers can be compressed; capture prompts of one length"
-            + (" with answers of several tokens" if probes else "")
-        )
-    return samples
 
 
 def _layers(sample: CapturedSample) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.bootstrap import bootstrap_weights
 from kvtool.calibration import risk
 from kvtool.policies.text import method_key
 from kvtool.simulate.evaluate import Prediction
@@ -113,8 +114,7 @@ KEPT = ("harm", "recall", "layer_harm", "head_harm", "missing", "evidence")
 
 def resample_weights(n_samples: int, draws: int, seed: int) -> Float:
     """Return bootstrap weights of shape (draws, S); each row sums to 1."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), size=draws) / n_samples
+    return bootstrap_weights(n_samples, draws, np.random.default_rng(seed))
 
 
 def rank_rows(
@@ -165,6 +165,12 @@ def rank_rows(
     return sorted(rows, key=lambda r: (r.retention, r.status != "ok", r.rank or 0))
 
 
+def risks(predictions: Sequence[Prediction]) -> Float:
+    """Return the risk of one configuration on S prompts, `kvtool.calibration.risk`; evidence counts where all of them name it."""
+    names = [name for name in ("harm", "evidence") if all(getattr(p, name) is not None for p in predictions)]
+    return risk({name: np.asarray([getattr(p, name) for p in predictions], dtype=np.float64) for name in names})
+
+
 def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray[np.int64], weights: Float) -> Row:
     message = next((p.message for p in predictions if p.message), None)
     entries = np.asarray([p.entries for p in predictions])
@@ -189,7 +195,7 @@ def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray
             if all(value is not None for value in values):
                 setattr(row, name, float(np.mean(values)))
                 row.per_sample[name] = values
-        losses = risk({name: np.asarray(values, dtype=np.float64) for name, values in row.per_sample.items()})
+        losses = risks(predictions)
         both = np.stack([np.asarray(row.per_sample["harm"], dtype=np.float64), losses], axis=-1)
         low, high = np.quantile(weights @ both, [0.025, 0.975], axis=0).tolist()
         (row.harm_low, row.risk_low), (row.harm_high, row.risk_high) = low, high

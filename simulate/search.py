@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
@@ -19,7 +19,7 @@ from kvtool.simulate.domains import Domain
 from kvtool.simulate.rank import resample_weights
 from kvtool.simulate.spaces import AUTO, Space, parse_space, with_statistics
 from kvtool.simulate.study import BATCH, check_optuna
-from kvtool.simulate.trials import Task, captured_statistics, run_trials
+from kvtool.simulate.trials import By, Task, captured_statistics, run_trials
 from kvtool.simulate.verdict import Verdict, split_prompts
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SearchConfig:
     space : str
         See `kvtool.simulate.spaces.parse_space`; empty with `auto`: window, kernel, pooling and compensation block of SnapKV.
     budgets : tuple of str
-        One objective each; empty if the space holds the budget, which makes harm and retention the objectives.
+        One objective each; empty if the space holds the budget, which makes risk (or harm) and retention the objectives.
     trials : int
         Settings to try. A grid tries all.
     sampler : str
@@ -55,6 +55,8 @@ class SearchConfig:
         Bootstrap draws.
     seed : int
         Of the trials, of the split into halves and of the bootstrap.
+    by : str
+        What is minimised: ``"risk"``, which rankings go by (`kvtool.calibration.risk`), or ``"harm"`` alone.
     """
 
     capture: str
@@ -66,8 +68,11 @@ class SearchConfig:
     heads: str = ""
     draws: int = 1000
     seed: int = 0
+    by: By = "risk"
 
     def __post_init__(self) -> None:
+        if self.by not in get_args(By):
+            raise ConfigError(f"search: by={self.by!r} is neither {' nor '.join(get_args(By))}")
         for name, low in (("trials", 1), ("draws", 10)):
             if getattr(self, name) < low:
                 raise ConfigError(f"search: {name}={getattr(self, name)} must be at least {low}")
@@ -92,12 +97,14 @@ class SearchSummary:
     verdicts : tuple of Verdict
         One per budget; where the budget is searched, one per point of the front.
     together : str or None
-        With several budgets: the setting with the least harm relative to the best of each, on average.
+        With several budgets: the setting that comes closest to the best of each, on average.
     marginals : dict
-        Of an automatic choice, per budget and parameter: value -> least harm with it on the prompts of the search.
+        Of an automatic choice, per budget and parameter: value -> least risk or harm with it on the prompts of the search.
     notes : tuple of str
     provenance : dict
         Model, task, length, prompts, seed and query mode of the capture.
+    by : str
+        What was minimised.
     """
 
     folder: Path
@@ -113,6 +120,7 @@ class SearchSummary:
     marginals: dict[str, dict[str, dict[str, float]]]
     notes: tuple[str, ...]
     provenance: dict[str, Any]
+    by: By
 
     def text(self) -> str:
         """Return what the command prints."""
@@ -178,6 +186,7 @@ def _summary(
         marginals=chosen.marginals,
         notes=(*task.space.notes, *chosen.notes),
         provenance=provenance,
+        by=task.by,
     )
 
 
@@ -201,7 +210,7 @@ def _task(config: SearchConfig, capture: Capture) -> Task:
             f"{MOST_POINTS}; use lists or steps, or another sampler without --auto"
         )
     searched, held_out = split_prompts(len(samples), config.seed)
-    return Task(space, sampler, budgets, tuple(samples[i] for i in searched), tuple(samples[i] for i in held_out))
+    return Task(space, sampler, budgets, tuple(samples[i] for i in searched), tuple(samples[i] for i in held_out), config.by)
 
 
 def _space(config: SearchConfig, capture: Capture, sample: CapturedSample) -> Space:
@@ -237,6 +246,7 @@ def _identity(config: SearchConfig, task: Task, capture: Capture) -> dict[str, A
         "heads": check_heads([policy], capture.model),
         "draws": config.draws,
         "seed": config.seed,
+        "by": config.by,
     }
 
 
@@ -259,6 +269,7 @@ def _yaml(summary: SearchSummary, provenance: dict[str, Any]) -> str:
         **provenance,
         "space": summary.space,
         "sampler": summary.sampler,
+        "by": summary.by,
         "trials": summary.n_trials,
         "repeated": summary.n_repeated,
         "impossible": summary.n_impossible,
@@ -266,7 +277,7 @@ def _yaml(summary: SearchSummary, provenance: dict[str, Any]) -> str:
         "notes": list(summary.notes),
         "chosen": [verdict.to_json() for verdict in summary.verdicts],
         **({"together": summary.together} if summary.together else {}),
-        **({"least_harm": summary.marginals} if summary.marginals else {}),
+        **({f"least_{summary.by}": summary.marginals} if summary.marginals else {}),
         "policies": confirmation(summary.verdicts),
     }
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.files import write_atomic
+from kvtool.pictures import save_canvas
 from kvtool.simulate.plots import COLOURS, MARKERS
 
 if TYPE_CHECKING:
@@ -19,45 +18,43 @@ if TYPE_CHECKING:
 def plot_search(
     summary: SearchSummary, objectives: Sequence[str], records: Sequence[dict[str, Any]], path: Path, title: str
 ) -> None:
-    """Draw the trials and the verdicts, and write a PNG atomically."""
+    """Draw the trials and the verdicts, and write PNG, SVG and PDF atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
-    if objectives == ("harm", "retention"):
-        _plane(left, records)
+    if objectives == (summary.by, "retention"):
+        _plane(left, records, summary.by)
     else:
-        _history(left, objectives, records)
+        _history(left, objectives, records, summary.by)
     _verdicts(right, summary)
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    save_canvas(figure, path.parent, path.stem, 120)
     plt.close(figure)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
-def _history(axes: Any, objectives: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
-    """Harm of each trial, and the best one so far, per objective."""
+def _history(axes: Any, objectives: Sequence[str], records: Sequence[dict[str, Any]], by: str) -> None:
+    """Loss of each trial, and the best one so far, per objective."""
     for index, name in enumerate(objectives):
         values = np.asarray([r["values"][index] for r in records], dtype=np.float64)
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(values, MARKERS[index % len(MARKERS)], color=colour, markersize=3, alpha=0.4, linestyle="none")
         axes.plot(np.fmin.accumulate(values), color=colour, label=f"{name}: best so far")
-    axes.set(xlabel="trial", ylabel="predicted harm, prompts of the search", title="trials")
+    axes.set(xlabel="trial", ylabel=f"predicted {by}, prompts of the search", title="trials")
     axes.legend(fontsize=8)
 
 
-def _plane(axes: Any, records: Sequence[dict[str, Any]]) -> None:
-    """All trials as harm against retention."""
+def _plane(axes: Any, records: Sequence[dict[str, Any]], by: str) -> None:
+    """All trials as loss against retention."""
     values = np.asarray([r["values"] for r in records], dtype=np.float64).reshape(-1, 2)
     axes.plot(100 * values[:, 1], values[:, 0], "o", color=COLOURS[0], markersize=3, alpha=0.5)
-    axes.set(xlabel="kept, %", ylabel="predicted harm, prompts of the search", title="trials")
+    axes.set(xlabel="kept, %", ylabel=f"predicted {by}, prompts of the search", title="trials")
 
 
 def _verdicts(axes: Any, summary: SearchSummary) -> None:
-    """Held-out harm of choices and defaults; the interval of their paired difference at the choice."""
+    """Held-out loss of choices and defaults; the interval of their paired difference at the choice."""
     x = np.arange(len(summary.verdicts))
     chosen = [float("nan") if v.held_out is None else v.held_out for v in summary.verdicts]
     default = [float("nan") if v.default_held_out is None else v.default_held_out for v in summary.verdicts]
@@ -76,6 +73,6 @@ def _verdicts(axes: Any, summary: SearchSummary) -> None:
     axes.plot(x, seen, "x", color=COLOURS[0], label="chosen, prompts of the search")
     axes.plot(x, default, "s", color=COLOURS[1], label="defaults, held out")
     axes.set_xticks(x, [v.budget for v in summary.verdicts])
-    axes.set(xlabel="budget", ylabel="predicted harm", title="judged on held-out prompts")
+    axes.set(xlabel="budget", ylabel=f"predicted {summary.by}", title="judged on held-out prompts")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)

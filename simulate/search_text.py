@@ -16,21 +16,21 @@ NAMES = {"grid": "every setting", "random": "random settings", "tpe": "Optuna's 
 
 def summary_text(summary: SearchSummary) -> str:
     """Return the table of choices, the reasons in plain words, and where the files are."""
-    header = ["setting", "kept", "harm, searched", "held out", "defaults", "difference (95 %)", "ties"]
+    header = ["setting", "kept", f"{summary.by}, searched", "held out", "defaults", "difference (95 %)", "ties"]
     table = grid(header, [_cells(verdict) for verdict in summary.verdicts])
     lines = [
         f"{summary.n_trials} trials ({NAMES[summary.sampler]}; {summary.n_repeated} repeated, {summary.n_impossible} impossible) of "
         f"{summary.space}",
-        f"searched on {summary.n_searched} prompts, judged on {summary.n_held_out} held-out ones; harm: smaller is better",
+        f"searched on {summary.n_searched} prompts, judged on {summary.n_held_out} held-out ones; {summary.by}: smaller is better",
         "",
         table,
         "",
-        *(_words(verdict) for verdict in summary.verdicts),
+        *(_words(verdict, summary.by) for verdict in summary.verdicts),
     ]
     for budget, parameters in summary.marginals.items():
-        lines += ["", f"least harm at {budget} on the searched prompts, by value"]
+        lines += ["", f"least {summary.by} at {budget} on the searched prompts, by value"]
         lines += [f"  {name}: {_least(values)}" for name, values in parameters.items() if name != "window and compensation"]
-        lines += _windows(parameters.get("window and compensation", {}))
+        lines += _windows(parameters.get("window and compensation", {}), summary.by)
     if summary.together:
         lines += ["", f"one setting for all budgets: {summary.together}"]
     name = "auto.yaml" if summary.marginals else "search.yaml"
@@ -65,10 +65,13 @@ def _cells(verdict: Verdict) -> list[str]:
     ]
 
 
-def _words(verdict: Verdict) -> str:
+def _words(verdict: Verdict, by: str) -> str:
     against = f" ({verdict.default})" if verdict.default and verdict.default != verdict.policy else ""
     gain = ""
-    if verdict.default_searched and verdict.default_held_out and verdict.held_out is not None:
+    if by == "risk" and verdict.default_searched is not None and verdict.difference is not None:
+        first = verdict.searched - verdict.default_searched
+        gain = f"; risk against the defaults {first:+.2f} where it was searched, {verdict.difference:+.2f} held out"
+    elif verdict.default_searched and verdict.default_held_out and verdict.held_out is not None:
         first = 1 - verdict.searched / verdict.default_searched
         second = 1 - verdict.held_out / verdict.default_held_out
         gain = f"; {first:.0%} less harm than the defaults where it was searched, {second:.0%} held out"
@@ -77,14 +80,14 @@ def _words(verdict: Verdict) -> str:
 
 
 def _least(values: dict[str, float]) -> str:
-    return ", ".join(f"{value} {harm:.2f}" for value, harm in values.items())
+    return ", ".join(f"{value} {loss:.2f}" for value, loss in values.items())
 
 
-def _windows(values: dict[str, float]) -> list[str]:
+def _windows(values: dict[str, float], by: str) -> list[str]:
     """Return the table of windows against compensations."""
-    cells = {tuple(key.split(", ")): harm for key, harm in values.items()}
+    cells = {tuple(key.split(", ")): loss for key, loss in values.items()}
     windows, kinds = dict.fromkeys(w for w, _ in cells), dict.fromkeys(kind for _, kind in cells)
     if len(windows) < 2 or len(kinds) < 2:
         return []
     rows = [[f"  window {w}", *(figure(cells.get((w, kind)), 2) for kind in kinds)] for w in windows]
-    return grid(["  least harm", *kinds], rows).splitlines()
+    return grid([f"  least {by}", *kinds], rows).splitlines()

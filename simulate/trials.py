@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from kvtool.files import append_records, read_records
 from kvtool.policies import Policy, method_key
 from kvtool.progress import track
 from kvtool.simulate.evaluate import Prediction, evaluate_sample
+from kvtool.simulate.rank import risks
 from kvtool.simulate.spaces import Space
 from kvtool.simulate.study import BATCH, Journal, Sampler, propose
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from kvtool.capture.reader import CapturedSample
 
 TRIALS = "trials.jsonl"
+#: what is minimised, mean over prompts: the risk that rankings go by, or the harm alone
+By = Literal["risk", "harm"]
 Record = dict[str, Any]
 
 
@@ -37,6 +40,8 @@ class Task:
     budgets : tuple of str
         Empty if the space holds the budget.
     searched, held_out : tuple of CapturedSample
+    by : str
+        What is minimised, ``"risk"`` or ``"harm"``.
     """
 
     space: Space
@@ -44,11 +49,12 @@ class Task:
     budgets: tuple[str, ...]
     searched: tuple[CapturedSample, ...]
     held_out: tuple[CapturedSample, ...]
+    by: By = "risk"
 
     @property
     def objectives(self) -> tuple[str, ...]:
         """Names of the values that are minimised."""
-        return tuple(f"harm at {b}" for b in self.budgets) or ("harm", "retention")
+        return tuple(f"{self.by} at {b}" for b in self.budgets) or (self.by, "retention")
 
     def policies(self, params: dict[str, Any]) -> dict[str, Policy]:
         """Return the policies of one setting, by budget.
@@ -98,7 +104,7 @@ def _measure_batch(task: Task, proposed: Sequence[dict[str, Any]], records: Sequ
         try:
             policies = task.policies(trial["params"])
         except ConfigError as error:
-            fresh.append({**record, "policy": "", "message": str(error), "harm": {}, "retention": {}, "note": None})
+            fresh.append({**record, "policy": "", "message": str(error), "loss": {}, "retention": {}, "note": None})
             continue
         key = method_key(next(iter(policies.values())))
         key = key if task.budgets else str(next(iter(policies.values())))
@@ -106,12 +112,12 @@ def _measure_batch(task: Task, proposed: Sequence[dict[str, Any]], records: Sequ
         fresh.append({**record, "policy": key, "repeats": old if old != number else None})
         if old == number:
             wanted |= {str(policy): policy for policy in policies.values()}
-    found = measure(task.searched, list(wanted.values()))
+    found = measure(task.searched, list(wanted.values()), task.by)
     by_policy = dict(zip(wanted, found, strict=True))
     by_number = {record["number"]: record for record in [*records, *fresh]}
     for record in fresh:
         if record["repeats"] is not None:
-            record |= {k: by_number[record["repeats"]][k] for k in ("harm", "retention", "note", "message")}
+            record |= {k: by_number[record["repeats"]][k] for k in ("loss", "retention", "note", "message")}
         elif record["policy"]:
             record |= _figures({b: by_policy[str(p)] for b, p in task.policies(record["params"]).items()})
         record["values"] = _values(task, record)
@@ -119,10 +125,10 @@ def _measure_batch(task: Task, proposed: Sequence[dict[str, Any]], records: Sequ
 
 
 def _figures(measured: dict[str, Measured]) -> Record:
-    """Return the record's figures: harm per prompt and mean retention by budget, None where it cannot run."""
+    """Return the record's figures: loss per prompt and mean retention by budget, None where it cannot run."""
     messages = [m.message for m in measured.values() if m.message]
     return {
-        "harm": {budget: None if m.message else m.harm for budget, m in measured.items()},
+        "loss": {budget: None if m.message else m.loss for budget, m in measured.items()},
         "retention": {budget: m.retention for budget, m in measured.items()},
         "note": next((m.note for m in measured.values() if m.note), None),
         "message": messages[0] if messages else None,
@@ -132,11 +138,11 @@ def _figures(measured: dict[str, Measured]) -> Record:
 def _values(task: Task, record: Record) -> list[float | None]:
     """Return one value per objective; None: impossible."""
     if task.budgets:
-        return [None if (h := record["harm"].get(budget)) is None else float(np.mean(h)) for budget in task.budgets]
-    harm = next(iter(record["harm"].values()), None)
-    if harm is None:
+        return [None if (x := record["loss"].get(budget)) is None else float(np.mean(x)) for budget in task.budgets]
+    loss = next(iter(record["loss"].values()), None)
+    if loss is None:
         return [None, None]
-    return [float(np.mean(harm)), float(next(iter(record["retention"].values())))]
+    return [float(np.mean(loss)), float(next(iter(record["retention"].values())))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +151,28 @@ class Measured:
 
     Attributes
     ----------
-    harm : list of float
-        Per prompt; empty if `message` says why not.
+    loss : list of float
+        Risk or harm per prompt; empty if `message` says why not.
     retention : float
         Mean of what is kept.
     message, note : str or None
     """
 
-    harm: list[float]
+    loss: list[float]
     retention: float
     message: str | None
     note: str | None
 
 
-def measure(samples: Sequence[CapturedSample], policies: Sequence[Policy]) -> list[Measured]:
-    """Predict the harm of policies on prompts; one that keeps more than its budget is refused: it would win by its bytes.
+def measure(samples: Sequence[CapturedSample], policies: Sequence[Policy], by: By = "risk") -> list[Measured]:
+    """Predict the risk or harm of policies on prompts; one that keeps more than its budget is refused: it would win by its bytes.
 
     Parameters
     ----------
     samples : sequence of S CapturedSample
     policies : sequence of N Policy
+    by : str
+        ``"risk"`` or ``"harm"``.
 
     Returns
     -------
@@ -183,18 +191,20 @@ def measure(samples: Sequence[CapturedSample], policies: Sequence[Policy]) -> li
             found.append(Measured([], 0.0, f"policy {policy}: the capture has no statistic {name}", None))
             continue
         row = next(rows)
-        found.append(_measured(policy, samples, [column[row] for column in columns]))
+        found.append(_measured(policy, samples, [column[row] for column in columns], by))
     return found
 
 
-def _measured(policy: Policy, samples: Sequence[CapturedSample], predictions: Sequence[Prediction]) -> Measured:
+def _measured(policy: Policy, samples: Sequence[CapturedSample], predictions: Sequence[Prediction], by: By) -> Measured:
     message = next((p.message for p in predictions if p.message), None)
     retention = float(np.mean([p.retention for p in predictions]))
     over = [p.entries for s, p in zip(samples, predictions, strict=True) if p.entries > policy.asked(s.seq_len) + 0.5]
     if over and message is None:
         message = f"policy {policy}: keeps {max(over):.1f} entries, more than its budget; it cannot be compared at this budget"
-    harm = [] if message else [float(p.harm or 0.0) for p in predictions]
-    return Measured(harm, retention, message, next((p.note for p in predictions if p.note), None))
+    losses: list[float] = []
+    if message is None:
+        losses = risks(predictions).tolist() if by == "risk" else [float(p.harm or 0.0) for p in predictions]
+    return Measured(losses, retention, message, next((p.note for p in predictions if p.note), None))
 
 
 def captured_statistics(sample: CapturedSample) -> frozenset[str]:
@@ -202,7 +212,7 @@ def captured_statistics(sample: CapturedSample) -> frozenset[str]:
     return frozenset(sample.capture.group(sample.index)["selection"])
 
 
-def harm_table(records: Sequence[Record], budget: str, n_prompts: int) -> NDArray[np.float64]:
-    """Return the harm of all trials at a budget, (N, S); NaN rows are impossible."""
+def loss_table(records: Sequence[Record], budget: str, n_prompts: int) -> NDArray[np.float64]:
+    """Return the loss of all trials at a budget, (N, S); NaN rows are impossible."""
     blank = [float("nan")] * n_prompts
-    return np.asarray([record["harm"].get(budget) or blank for record in records], dtype=np.float64).reshape(-1, n_prompts)
+    return np.asarray([record["loss"].get(budget) or blank for record in records], dtype=np.float64).reshape(-1, n_prompts)

@@ -31,17 +31,17 @@ class Verdict:
     default : str or None
         The method's own values, moved into the space; None if they cannot run at this budget.
     searched, default_searched : float (None without a default)
-        Mean harm on the prompts of the search.
+        Mean risk or harm on the prompts of the search.
     held_out, default_held_out : float or None
-        Mean harm on the others; None if it cannot run on one of them.
+        The same on the others; None if it cannot run on one of them.
     difference, low, high : float
-        Held-out harm of the policy minus that of the default, and its 95 % interval, paired; negative is better.
+        Held-out risk or harm of the policy minus that of the default, and its 95 % interval, paired; negative is better.
     verdict : str
     tied : tuple of str
-        Settings that the search's prompts do not tell from the best one, without the chosen one, least harm first.
+        Settings that the search's prompts do not tell from the best one, without the chosen one, the best first.
     n_tied : int
     best : str
-        The least harm on the prompts of the search, where something simpler was chosen.
+        The best on the prompts of the search, where something simpler was chosen.
     reason : str
         Why this one.
     retention : float
@@ -80,19 +80,19 @@ def split_prompts(n: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[:cut].tolist()), sorted(order[cut:].tolist())
 
 
-def tied_with_best(harm: Float, weights: Float) -> list[int]:
-    """Return the settings that are not clearly worse than the best one, least harm first.
+def tied_with_best(loss: Float, weights: Float) -> list[int]:
+    """Return the settings that are not clearly worse than the best one, the best first.
 
     Parameters
     ----------
-    harm : ndarray of shape (N, S)
-        NaN rows are impossible settings.
+    loss : ndarray of shape (N, S)
+        Risk or harm. NaN rows are impossible settings.
     weights : ndarray of shape (draws, S)
         Bootstrap weights.
     """
-    means = harm.mean(axis=1)
+    means = loss.mean(axis=1)
     order = [int(i) for i in np.argsort(means, kind="stable") if not np.isnan(means[i])]
-    return [i for i in order if not_clearly_worse(harm[i] - harm[order[0]], weights)]
+    return [i for i in order if not_clearly_worse(loss[i] - loss[order[0]], weights)]
 
 
 def compare(chosen: Sequence[float], default: Sequence[float], weights: Float) -> tuple[float, float, float]:

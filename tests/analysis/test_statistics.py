@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from kvtool.analysis import statistics
-from kvtool.analysis.statistics import mean_interval, nan_mean, paired_interval, tau_b, weights, wilson_interval
+from kvtool.analysis.statistics import mean_interval, nan_mean, paired_interval, tau_b, wilson_interval
+from kvtool.bootstrap import bootstrap_weights
 
 small = st.integers(0, 4).map(float)
 
@@ -90,4 +91,4 @@ def test_paired_interval_sees_a_small_constant_difference() -> None:
 
 
 def test_weights_sum_to_one() -> None:
-    np.testing.assert_allclose(weights(7, 50, np.random.default_rng(0)).sum(1), 1)
+    np.testing.assert_allclose(bootstrap_weights(7, 50, np.random.default_rng(0)).sum(1), 1)

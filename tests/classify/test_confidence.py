@@ -160,12 +160,37 @@ def test_stability() -> None:
     found = halves(steady, rng, 20)
     assert found is not None
     assert (found.ari, found.same, found.n_half) == (1, 1, 4)
+    assert (found.sure, found.ari_sure) == (1, 1)
     assert rand_index(np.asarray([0, 0, 1, 1]), np.asarray([1, 1, 0, 0])) == 1
     here, there = np.asarray([[0, 1], [1, 3]]), np.asarray([[0, 1], [2, 3]])
     configs = ({"task": "niah", "seed": 0, "length": 9}, {"task": "text", "seed": 0, "length": 9})
     found_there = against("b.h5", here, there, configs, ([(1, 2), (3, 4)], [(3, 4)]))
     assert found_there.changed == ({"layer": 1, "head": 0, "here": "positional", "there": "mixed"},)
     assert (found_there.differs, found_there.n_shared, found_there.same) == ({"task": ("niah", "text")}, 1, 0.75)
+
+
+def test_heads_on_a_limit_are_left_to_the_unsure() -> None:
+    """Literally, from the same random numbers: labels that flip are those that one of the sets is unsure of."""
+    both = around_the_threshold(np.random.default_rng(1), 16, 60, spread=0.05)
+    found = halves(both, np.random.default_rng(2), 10, 8, draws=100)
+    assert found is not None
+    assert found.ari_sure is not None
+    rng, known, same = np.random.default_rng(2), [], []
+    for _ in range(10):
+        order = rng.permutation(16)
+        sets = both.take(order[:8]), both.take(order[8:])
+        shares = [bootstrap_confidence(each, rng, 100) for each in sets]
+        sure = [head for head in range(60) if all(share is not None and share[0, head] >= 0.8 for share in shares)]
+        known.append(len(sure) / 60)
+        same.append(rand_index(*(kinds_of_all(each)[0, sure] for each in sets)))
+    assert found.sure == pytest.approx(np.mean(known))
+    assert found.ari_sure == pytest.approx(np.mean(same))
+    assert found.ari_sure > found.ari + 0.1
+    assert 0.3 < np.mean(known) < 0.9
+    # Three prompts a set are too few for a confidence.
+    few = halves(both, rng, 5, 3)
+    assert few is not None
+    assert (few.sure, few.ari_sure) == (None, None)
 
 
 def test_clusters_are_found_where_they_are() -> None:

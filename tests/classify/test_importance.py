@@ -46,8 +46,8 @@ def random_probes(margins: tuple[float, ...] = (1.0, 2.0), rows: tuple[int, ...]
 
 def toy_sample(probes: Probes, evidence: list[list[int]], compressible: tuple[bool, bool] = (True, True)) -> Any:
     capture = SimpleNamespace(model=SimpleNamespace(n_kv_heads=2))
-    meta = {"evidence": evidence}
-    return SimpleNamespace(id="s", probes=lambda: probes, compressible=compressible, meta=meta, seq_len=12, capture=capture)
+    spans = [(a, min(b, 12)) for a, b in evidence if a < 12]
+    return SimpleNamespace(id="s", probes=lambda: probes, compressible=compressible, evidence_spans=spans, capture=capture)
 
 
 def test_far_attention_and_gain_by_loops() -> None:
@@ -92,7 +92,7 @@ def test_wrong_answers_and_unknown_evidence_do_not_count() -> None:
     assert record["missing"] == {"reasoning": "answered wrong"}
     assert "reasoning" not in record["measures"]
     # Evidence behind what is compressed is none.
-    assert captured_record(toy_sample(right, [[11, 13]]), 1, 2)["missing"] == {"reasoning": "names no evidence"}
+    assert captured_record(toy_sample(right, [[12, 13]]), 1, 2)["missing"] == {"reasoning": "names no evidence"}
 
 
 def test_records_hold_the_layers_that_can_be_compressed() -> None:

@@ -144,5 +144,10 @@ def test_lost_evidence_is_that_of_the_kept_positions(
                     gone = sorted(set(positions) - set(heads[q // group].tolist()))
                     lost, whole = lost + attention[:, gone].sum(), whole + attention[:, positions].sum()
             assert prediction.evidence == pytest.approx(lost / whole, rel=1e-5, abs=1e-9)
+        n = sample.seq_len
+        # Overlapping spans count once, one that reaches into the question as far as it is compressed, one behind it not at all.
+        monkeypatch.setitem(sample.meta, "evidence", [[n - 2, n + 3], [3, 6], [5, 7], [n, n + 1]])
+        assert sample.evidence_spans == [(n - 2, n), (3, 6), (5, 7)]
+        assert sample.evidence_positions.tolist() == [3, 4, 5, 6, n - 2, n - 1]
         monkeypatch.setitem(sample.meta, "evidence", [])
         assert [p.evidence for p in evaluate_sample(sample, policies)] == [None] * len(policies)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from kvtool.simulate.choose import MARGIN, confirmation
 from kvtool.simulate.evaluate import evaluate_sample
 from kvtool.simulate.search import SearchConfig, SearchSummary, run_search
 from kvtool.simulate.shortlist import read_shortlist
-from kvtool.simulate.trials import measure
+from kvtool.simulate.trials import By, measure
 from kvtool.simulate.verdict import BETTER, FEW, SAME, UNCLEAR, WORSE, compare, split_prompts, tied_with_best, words
 
 pytest.importorskip("optuna")
 WINDOWS, KERNELS, POOLS = (8, 16), (1, 5), ("max", "avg")
 BUDGETS = ("20%", "40%")
+GRID = "snapkv:window={8,16},kernel={1,5},pool={max,avg}"
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +41,22 @@ def capture(tmp_path_factory: pytest.TempPathFactory, make_capture: Callable[...
     return path
 
 
-@pytest.fixture(scope="module")
-def grid(capture: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchSummary:
-    config = SearchConfig(str(capture), "snapkv:window={8,16},kernel={1,5},pool={max,avg}", BUDGETS, draws=200)
+@pytest.fixture(scope="module", params=["risk", "harm"])
+def grid(request: pytest.FixtureRequest, capture: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchSummary:
+    config = SearchConfig(str(capture), GRID, BUDGETS, draws=200, by=request.param)
     return run_search(config, tmp_path_factory.mktemp("grid") / "out")
 
 
-def literal(path: Path, prompts: list[int], text: str) -> list[float]:
-    """Harm of one policy, one prompt at a time."""
+def literal(path: Path, prompts: list[int], text: str, by: str) -> list[float]:
+    """Risk or harm of one policy, one prompt at a time."""
+    found = []
     with open_capture(path) as capture:
-        return [float(evaluate_sample(capture.samples[i], [Policy.parse(text)])[0].harm or 0) for i in prompts]
+        for i in prompts:
+            (prediction,) = evaluate_sample(capture.samples[i], [Policy.parse(text)])
+            assert prediction.harm is not None
+            assert prediction.evidence is not None  # the prompts are needles
+            found.append(prediction.harm if by == "harm" else np.log(1 + prediction.harm) + 8 * prediction.evidence)
+    return found
 
 
 def test_every_setting_is_tried_and_the_best_is_found(grid: SearchSummary, capture: Path) -> None:
@@ -57,7 +65,7 @@ def test_every_setting_is_tried_and_the_best_is_found(grid: SearchSummary, captu
     assert (grid.sampler, grid.n_trials) == ("grid", 8)
     for verdict in grid.verdicts:
         table = {
-            text: float(np.mean(literal(capture, searched, text)))
+            text: float(np.mean(literal(capture, searched, text, grid.by)))
             for w, k, p in itertools.product(WINDOWS, KERNELS, POOLS)
             if (text := str(Policy.parse(f"snapkv:budget={verdict.budget},window={w},kernel={k},pool={p}")))
         }
@@ -66,7 +74,7 @@ def test_every_setting_is_tried_and_the_best_is_found(grid: SearchSummary, captu
         assert (
             verdict.default == f"snapkv:budget={verdict.budget},window=16,kernel=5"
         )  # 32 and 7 are not in the space: the nearest
-        chosen, default = (literal(capture, held_out, text) for text in (verdict.policy, verdict.default))
+        chosen, default = (literal(capture, held_out, text, grid.by) for text in (verdict.policy, verdict.default))
         assert verdict.held_out == pytest.approx(np.mean(chosen), abs=1e-12)
         assert verdict.difference == pytest.approx(np.mean(chosen) - np.mean(default), abs=1e-12)
         assert verdict.low <= verdict.difference <= verdict.high
@@ -78,6 +86,8 @@ def test_the_result_is_a_shortlist(grid: SearchSummary) -> None:
     assert {c["policy"] for c in value["chosen"]} <= policies
     assert {p for p in policies if p.startswith("random")}
     assert value["prompts"] == {"searched": 6, "held_out": 6}
+    assert value["by"] == grid.by
+    assert f"{grid.by}, searched" in grid.text()
     assert (grid.folder / "search.png").stat().st_size > 5000
     assert all(v.policy in grid.text() and v.verdict in grid.text() for v in grid.verdicts)
 
@@ -90,27 +100,32 @@ def test_controls_are_protected_as_what_they_control(grid: SearchSummary) -> Non
 
 
 def test_the_same_call_changes_nothing_and_another_space_is_refused(grid: SearchSummary, capture: Path) -> None:
-    config = SearchConfig(str(capture), "snapkv:window={8,16},kernel={1,5},pool={max,avg}", BUDGETS, draws=200)
+    config = SearchConfig(str(capture), GRID, BUDGETS, draws=200, by=grid.by)
     before = (grid.folder / "trials.jsonl").read_bytes(), (grid.folder / "search.yaml").read_bytes()
     assert run_search(config, grid.folder).verdicts == grid.verdicts
     assert ((grid.folder / "trials.jsonl").read_bytes(), (grid.folder / "search.yaml").read_bytes()) == before
     with pytest.raises(ConfigError, match="another configuration"):
-        run_search(SearchConfig(str(capture), "snapkv:window={8,16}", BUDGETS, draws=200), grid.folder)
+        run_search(SearchConfig(str(capture), "snapkv:window={8,16}", BUDGETS, draws=200, by=grid.by), grid.folder)
+    with pytest.raises(ConfigError, match=r"another configuration .*by: "):
+        run_search(replace(config, by="harm" if grid.by == "risk" else "risk"), grid.folder)
 
 
-def test_auto_takes_the_simplest_of_the_ties(capture: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["risk", "harm"])
+def test_auto_takes_the_simplest_of_the_ties(capture: Path, tmp_path: Path, by: By) -> None:
     space = "snapkv:window={8,16},kernel={1,7},compensate={none,mean},block={16,full}"
-    summary = run_search(SearchConfig(str(capture), space, ("40%",), auto=True, draws=200), tmp_path / "out")
+    summary = run_search(SearchConfig(str(capture), space, ("40%",), auto=True, draws=200, by=by), tmp_path / "out")
     (verdict,) = summary.verdicts
     records = [r for r in read_records(tmp_path / "out" / "trials.jsonl") if r["repeats"] is None]
     # none has no block: 2 windows x 2 kernels x (none, two blocks)
     assert (summary.n_trials, summary.n_repeated, len(records)) == (16, 4, 12)
-    harm = np.asarray([r["harm"]["40%"] for r in records])
+    loss = np.asarray([r["loss"]["40%"] for r in records])
     weights = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), size=200) / 6
-    best = int(np.argmin(harm.mean(1)))
-    near = [i for i in range(12) if harm[i].mean() <= harm[best].mean() * (1 + MARGIN)]
+    best = int(np.argmin(loss.mean(1)))
+    # 5 % more harm is a step of log 1.05 in the risk, which counts harm by its logarithm.
+    most = loss[best].mean() * (1 + MARGIN) if by == "harm" else loss[best].mean() + np.log(1 + MARGIN)
+    near = [i for i in range(12) if loss[i].mean() <= most]
     plain = [i for i in near if records[i]["params"]["compensate"] == "none"]
-    tied = [i for i in near if np.quantile(weights @ (harm[i] - harm[best]), 0.025) <= 1e-9]
+    tied = [i for i in near if np.quantile(weights @ (loss[i] - loss[best]), 0.025) <= 1e-9]
     names = {records[i]["policy"] for i in (plain or tied)}
     assert verdict.policy.replace("budget=40%,", "").replace(":budget=40%", "") in names
     # Of those without a compensation the one with the fewest changes: kernel 7 is the default, 16 the window nearest to it.
@@ -119,7 +134,7 @@ def test_auto_takes_the_simplest_of_the_ties(capture: Path, tmp_path: Path) -> N
         assert changes[verdict.policy.replace("budget=40%,", "").replace(":budget=40%", "")] == min(changes[n] for n in names)
     assert verdict.best.replace("budget=40%,", "").replace(":budget=40%", "") == records[best]["policy"]
     assert summary.marginals["40%"]["window"]["8"] == pytest.approx(
-        min(h.mean() for h, r in zip(harm, records, strict=True) if r["params"]["window"] == 8)
+        min(x.mean() for x, r in zip(loss, records, strict=True) if r["params"]["window"] == 8)
     )
     assert set(summary.marginals["40%"]["compensation"]) == {"none", "mean 16", "mean full"}
     assert (tmp_path / "out" / "auto.yaml").exists()
@@ -128,11 +143,11 @@ def test_auto_takes_the_simplest_of_the_ties(capture: Path, tmp_path: Path) -> N
 def test_a_searched_budget_gives_a_front(capture: Path, tmp_path: Path) -> None:
     config = SearchConfig(str(capture), "snapkv:budget=10%..60%,window={8,16},pool={max,avg}", (), trials=40, draws=100)
     summary = run_search(config, tmp_path / "out")
-    kept, harm = ([getattr(v, name) for v in summary.verdicts] for name in ("retention", "searched"))
+    kept, risk = ([getattr(v, name) for v in summary.verdicts] for name in ("retention", "searched"))
     assert summary.sampler == "nsga2"
     assert len(kept) > 2
     assert kept == sorted(kept)
-    assert harm == sorted(harm, reverse=True)
+    assert risk == sorted(risk, reverse=True)
     assert all(v.default and f"budget={v.budget}" in v.default for v in summary.verdicts)
 
 
@@ -168,6 +183,7 @@ def test_what_keeps_more_than_its_budget_is_no_setting(capture: Path) -> None:
         ({"space": "snapkv:budget=2%..9%,kernel={1,3}", "auto": True}, "with -r"),
         ({"space": ""}, "a space is needed"),
         ({"space": "snapkv", "trials": 0}, "at least 1"),
+        ({"space": "snapkv", "by": "luck"}, "neither risk nor harm"),
         ({"space": "snapkv", "auto": True, "sampler": "tpe"}, "does not fit"),
     ],
 )
@@ -197,8 +213,8 @@ def test_intervals_and_ties_by_hand() -> None:
     assert difference == pytest.approx(-1)
     # standard error of the mean: the population deviation 0.187 / sqrt 8
     assert (high - low) / 2 == pytest.approx(1.96 * 0.187 / np.sqrt(8), rel=0.1)
-    harm = np.asarray([[1.0] * 8, [1.1, 0.9] * 4, [2.0] * 8, [float("nan")] * 8])
-    assert tied_with_best(harm, weights) == [0, 1]
+    loss = np.asarray([[1.0] * 8, [1.1, 0.9] * 4, [2.0] * 8, [float("nan")] * 8])
+    assert tied_with_best(loss, weights) == [0, 1]
 
 
 def test_kill_anywhere_and_the_same_trials_come_out(capture: Path, tmp_path: Path) -> None:
