@@ -62,7 +62,7 @@ def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
         headline = (
             f"No configuration kept the score within {TOLERANCE:g} of the full cache; keep the full cache for this workload."
         )
-        return Answer(headline, (f"the closest is {best.policy}: score change {loss} on {n} prompts",), None)
+        return Answer(headline, (f"the closest is {best.label or best.policy}: score change {loss} on {n} prompts",), None)
     smallest = min(r.kv_bytes or 0.0 for r in good)
     peers = [r for r in good if (r.kv_bytes or 0.0) <= smallest * 1.01]
     best = max(peers, key=lambda r: (r.accuracy.mean if r.accuracy else 0.0, r.policy))
@@ -84,7 +84,7 @@ def _headline(row: TableRow, n: int) -> str:
         half = max(row.change.high - row.change.mean, row.change.mean - row.change.low)
         cost = f"changes the score by {row.change.mean:+.2f} ± {half:.2f}"
     return (
-        f"For this model and workload run {row.method} at {100 * row.retention:.1f} % of the entries: it saves "
+        f"For this model and workload run {row.name or row.method} at {100 * row.retention:.1f} % of the entries: it saves "
         f"{100 * row.saved:.1f} % of the KV cache and {cost}."
     )
 
@@ -100,9 +100,11 @@ def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int)
         if row is not best and row.budget == best.budget and own is not None and other is not None:
             interval = paired_interval(own, other)
             if interval.low <= 0:
-                tied.append(row.method)
+                tied.append(row.name or row.method)
     if tied:
         lines.append(f"not told apart from it at this budget: {', '.join(tied)}")
+    if best.label and best.label != best.policy:
+        lines.append(f"in full: {best.policy}")
     if n < MIN_PROMPTS:
         lines.append(f"only {n} prompts: take this as a first look; {MIN_PROMPTS} or more make it firmer")
     return lines
@@ -116,16 +118,16 @@ def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
         ("oom", "ran out of memory"),
         ("failed", "were given up: every worker that ran them died"),
     ):
-        names = [r.policy for r in rows if r.status == status]
+        names = [r.label or r.policy for r in rows if r.status == status]
         if names:
             found.append(f"{len(names)} configurations {text}: {', '.join(names)}")
-    degenerate = [r.policy for r in rows if r.degenerate and r.status == "ok"]
+    degenerate = [r.label or r.policy for r in rows if r.degenerate and r.status == "ok"]
     if degenerate:
         found.append(f"degenerate (budget = sink + window, nothing left to choose): {', '.join(degenerate)}")
     beaten: dict[str | None, list[str]] = {}
     for row in rows:
         if row.beats_control is False:
-            beaten.setdefault(row.budget, []).append(row.method)
+            beaten.setdefault(row.budget, []).append(row.name or row.method)
     for budget, methods in beaten.items():
         found.append(f"at {budget} no clear gain over random entries with the same kind of protection: {', '.join(methods)}")
     truncated = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_truncated")})

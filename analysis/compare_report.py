@@ -25,6 +25,7 @@ from kvtool.analysis.compare import (
 from kvtool.analysis.consistency import find_policy
 from kvtool.analysis.controls import load_comparable, settings
 from kvtool.analysis.load import Reality
+from kvtool.analysis.look_figures import compare_figure
 from kvtool.analysis.plain import columns, csv_text, ends, finite
 from kvtool.analysis.resampling import METHODS
 from kvtool.analysis.statistics import Interval
@@ -136,6 +137,8 @@ def run_compare(
     write_text(out / "pairs.csv", pairs_csv(summary.pairs))
     write_text(out / "scores.csv", scores_csv(joined))
     write_json(out / "compare.json", _json(summary, realities, how))
+    if (drawn := compare_figure(rows, chosen, start)) is not None:
+        drawn.save(out)
     return summary
 
 

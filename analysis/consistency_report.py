@@ -9,6 +9,7 @@ from pathlib import Path
 from kvtool.analysis.consistency import RIGHT_FROM, ConsistencyRow, answer_pairs, consistency, find_policy
 from kvtool.analysis.controls import check_comparable
 from kvtool.analysis.load import Reality, load_reality
+from kvtool.analysis.look_figures import consistency_figure
 from kvtool.analysis.plain import columns, csv_text, ends, finite
 from kvtool.analysis.resampling import DRAWS, Documents
 from kvtool.analysis.review import choose, read_prompts, review_csv, review_page
@@ -100,6 +101,8 @@ def run_consistency(
     run_facts = {"folder": str(run), "config": reality.config, "n_samples": len(reality.samples)}
     found = {"schema": SCHEMA, "run": run_facts, **settings, "rows": [asdict(row) for row in rows], "notes": notes}
     write_json(out / "consistency.json", finite(found))
+    if (drawn := consistency_figure(rows, name)) is not None:
+        drawn.save(out)
     return summary
 
 

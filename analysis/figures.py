@@ -47,7 +47,7 @@ def _figure(
 
 
 def _methods(rows: Sequence[TableRow]) -> list[str]:
-    return sorted({row.method for row in rows if row.budget})
+    return sorted({row.name or row.method for row in rows if row.budget})
 
 
 def _log_percent_axis(axes: Axes, rows: Sequence[TableRow]) -> None:
@@ -58,7 +58,7 @@ def _log_percent_axis(axes: Axes, rows: Sequence[TableRow]) -> None:
 def _draw_accuracy(axes: Axes, rows: Sequence[TableRow]) -> None:
     methods = _methods(rows)
     for method in methods:
-        points = sorted((r for r in rows if r.method == method and r.accuracy), key=lambda r: r.retention or 0.0)
+        points = sorted((r for r in rows if (r.name or r.method) == method and r.accuracy), key=lambda r: r.retention or 0.0)
         x = [100 * (r.retention or 0.0) for r in points]
         means = [r.accuracy.mean for r in points if r.accuracy]
         spread = [
@@ -78,7 +78,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[TableRow]) -> None:
 def _draw_pareto(axes: Axes, rows: Sequence[TableRow]) -> None:
     methods = _methods(rows)
     for method in methods:
-        points = [r for r in rows if r.method == method and r.score and r.kv_bytes]
+        points = [r for r in rows if (r.name or r.method) == method and r.score and r.kv_bytes]
         style = {**line_style(method, methods), "linestyle": ""}
         axes.plot([(r.kv_bytes or 0.0) / 1e6 for r in points], [r.score.mean for r in points if r.score], label=method, **style)
     full = next((r for r in rows if r.policy == FULL and r.score and r.kv_bytes), None)

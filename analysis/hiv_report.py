@@ -14,6 +14,7 @@ import numpy as np
 from kvtool.analysis.hiv import PARTS, Hiv, PatternRow, SpecializationRow, measure_hiv
 from kvtool.analysis.importance import Changed, read_measures
 from kvtool.analysis.importance_report import NAMES, change_table, hiv_csv
+from kvtool.analysis.look_figures import hiv_figure
 from kvtool.analysis.plain import columns, csv_text, ends, finite
 from kvtool.analysis.statistics import Interval
 from kvtool.files import write_json, write_text
@@ -99,6 +100,8 @@ def write_hiv(folder: Path, sources: dict[str, Path], cut: tuple[int, int], draw
         "notes": notes,
     }
     write_json(folder / "hiv.json", finite(value))
+    if (drawn := hiv_figure(found.changed, found.heads)) is not None:
+        drawn.save(folder)
     return summary
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.analysis.importance import Level
 from kvtool.analysis.style import STYLE
-from kvtool.files import write_atomic
+from kvtool.pictures import save_canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +32,7 @@ TITLES = {
 
 
 def plot_importance(levels: dict[str, Level], folder: Path, title: str) -> None:
-    """Draw every measure of KV heads (top) and query heads (bottom) and write importance.png and importance.svg atomically."""
+    """Draw every measure of KV heads (top) and query heads (bottom) and write importance.png, .svg and .pdf atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +41,7 @@ def plot_importance(levels: dict[str, Level], folder: Path, title: str) -> None:
     measures = list(levels["heads"].values)
     names = list(levels)
     tall = min(6.0, max(2.2, 0.28 * len(levels["heads"].layers)))
-    style = {**STYLE, "axes.grid": False, "font.size": 8, "svg.hashsalt": "importance"}
+    style = {**STYLE, "axes.grid": False, "font.size": 8}
     with matplotlib.rc_context(style):
         size = (3.0 * len(measures), (tall + 0.6) * len(names))
         canvas, grid = plt.subplots(len(names), len(measures), figsize=size, layout="constrained", squeeze=False)
@@ -56,13 +55,7 @@ def plot_importance(levels: dict[str, Level], folder: Path, title: str) -> None:
                 canvas.colorbar(image, ax=axes, shrink=0.85)
         few = f" (·: below {SMALL:.1%} of the largest)" if len(levels["kv_heads"].places) <= NUMBERED else ""
         canvas.suptitle(f"Importance of heads: {title}{few}", fontsize=10)
-        for ending in ("png", "svg"):
-            buffer = io.BytesIO()
-            # No date: the same data gives the same file.
-            metadata: dict[str, Any] = {"Software": None} if ending == "png" else {"Date": None}
-            canvas.savefig(buffer, format=ending, dpi=130, metadata=metadata)
-            content = buffer.getvalue()
-            write_atomic(folder / f"importance.{ending}", lambda file, content=content: file.write(content))  # type: ignore[misc]
+        save_canvas(canvas, folder, "importance", 130)
         plt.close(canvas)
 
 

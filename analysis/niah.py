@@ -229,7 +229,7 @@ def _cells(records: Sequence[dict[str, Any]], metric: str) -> tuple[Cell, ...]:
 
 
 def write_needles(found: NeedleMap, out: Path) -> list[Path]:
-    """Write ``niah.csv``, ``niah.md``, ``niah.png`` and ``niah.svg``; returns the files."""
+    """Write ``niah.csv``, ``niah.md``, and the figure as PNG, SVG and PDF; returns the files."""
     from kvtool.analysis.niah_figure import draw_needles
 
     buffer = io.StringIO()

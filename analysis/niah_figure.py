@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvtool.analysis.niah import FULL, Cell, NeedleMap
-from kvtool.files import write_atomic
+from kvtool.pictures import save_canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +24,7 @@ MARKS = {"impossible": "×", "oom": "oom", "failed": "?", "missing": ""}
 
 
 def draw_needles(found: NeedleMap, folder: Path) -> list[Path]:
-    """Write ``niah.png`` and ``niah.svg``: one column of panels per method, one panel per budget; the full cache in front.
+    """Write ``niah.png``, ``.svg`` and ``.pdf``: one column of panels per method, one panel per budget; the full cache in front.
 
     Many methods stand below one another instead.
     """
@@ -38,7 +37,7 @@ def draw_needles(found: NeedleMap, folder: Path) -> list[Path]:
     n_columns = max(len(row) for row in rows)
     width = max(2.8, 0.46 * len(found.lengths) + 1.5)
     height = max(1.9, 0.2 * len(found.depths) + 1.0)
-    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "niah"}):
+    with matplotlib.rc_context({"font.size": 9}):
         canvas, panels = plt.subplots(
             len(rows),
             n_columns,
@@ -60,14 +59,7 @@ def draw_needles(found: NeedleMap, folder: Path) -> list[Path]:
         bar = canvas.colorbar(image, ax=panels, shrink=min(1.0, 2.2 / len(rows)), pad=0.02)
         bar.set_label(f"mean score ({found.metric})")
         canvas.suptitle(f"{found.task}: {found.model}, compressed at {found.compress_at}", fontsize=10)
-        files = []
-        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            # No date: the same data gives the same file.
-            canvas.savefig(buffer, format=ending, dpi=150, metadata=metadata)
-            path, content = folder / f"niah.{ending}", buffer.getvalue()
-            write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
-            files.append(path)
+        files = save_canvas(canvas, folder, "niah")
         plt.close(canvas)
     return files
 

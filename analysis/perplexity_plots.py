@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.files import write_atomic
+from kvtool.pictures import save_canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,14 +22,14 @@ MOST_LINES = 9
 
 
 def draw_perplexity(result: Perplexity) -> list[Path]:
-    """Write ``perplexity.png`` and ``.svg`` into the run's folder; their data are the CSV files beside them."""
+    """Write ``perplexity.png``, ``.svg`` and ``.pdf`` into the run's folder; their data are the CSV files beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     looks = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
-    with matplotlib.rc_context({**looks, "svg.fonttype": "none", "svg.hashsalt": "perplexity"}):
+    with matplotlib.rc_context(looks):
         canvas, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
         able = [row for row in result.rows if row.status == "ok"]
         _against_context(left, able)
@@ -38,14 +37,7 @@ def draw_perplexity(result: Perplexity) -> list[Path]:
         config = result.config
         title = f"{', '.join(config['text'])}: {config['n_segments']} segments of {config['length']} tokens, {config['model']}"
         canvas.suptitle(title, fontsize=10)
-        files = []
-        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            # No date: the same data gives the same file.
-            canvas.savefig(buffer, format=ending, dpi=150, metadata=metadata)
-            path, content = result.folder / f"perplexity.{ending}", buffer.getvalue()
-            write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
-            files.append(path)
+        files = save_canvas(canvas, result.folder, "perplexity")
         plt.close(canvas)
     return files
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from kvtool.analysis.statistics import Interval
 
 #: columns of an interval, after the name of its figure
 ENDS = ("", "_low", "_high")
+#: Settings of a policy that are paths.
+_PATHS = re.compile(r"(?<=[:,])(heads|plan|file)=([^,]*),?")
 
 
 def finite(value: Any) -> Any:
@@ -40,3 +45,30 @@ def ends(value: Interval | None) -> list[float | None]:
 def columns(names: Sequence[str]) -> list[str]:
     """Return the column names of several intervals."""
     return [f"{name}{end}" for name in names for end in ENDS]
+
+
+def short_names(texts: Sequence[str]) -> dict[str, str]:
+    """Return policies as people read them: without the paths of their heads files and plans.
+
+    Where two of them would then read the same, each keeps the shortest end of its path that tells them apart.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Text forms, with or without budget.
+    """
+    distinct = list(dict.fromkeys(texts))
+    names = {text: _PATHS.sub("", text).rstrip(":,") for text in distinct}
+    for depth in range(1, 32):
+        counts = Counter(names.values())
+        twice = [text for text in distinct if counts[names[text]] > 1]
+        if not twice:
+            break
+        for text in twice:
+            names[text] = _PATHS.sub(partial(_end_of_path, depth), text).rstrip(":,")
+    return names
+
+
+def _end_of_path(depth: int, found: re.Match[str]) -> str:
+    comma = "," if found[0].endswith(",") else ""
+    return f"{found[1]}={'/'.join(found[2].split('/')[-depth:])}{comma}"

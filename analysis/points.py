@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.analysis.plain import short_names
 from kvtool.analysis.statistics import Interval, mean_interval, paired_interval, percentile_interval, shared_weights
 
 Float = NDArray[np.float64]
@@ -28,7 +29,7 @@ class Point:
     Attributes
     ----------
     label, group : str
-        Name of the method in a study, else its text form; heading that it stands under, or ``""``.
+        Name of the method in a study, else its text form without paths; heading that it stands under, or ``""``.
     policy, method : str
         Text forms, with and without budget.
     budget : str or None
@@ -176,7 +177,11 @@ def make_place(
     samples = tuple(sample for sample in first if all(sample in own for own in by_policy.values()))
     if not samples:
         return None
-    points = tuple(_point(policy, [own[s] for s in samples], named or {}) for policy, own in by_policy.items())
+    methods = short_names([own[samples[0]]["method"] for own in by_policy.values()])
+    points = tuple(
+        _point(policy, [own[s] for s in samples], {policy: (methods[own[samples[0]]["method"]], ""), **(named or {})})
+        for policy, own in by_policy.items()
+    )
     record = first[samples[0]]
     length = facts.get("length") or max(r["seq_len"] for r in first.values())
     return Place(
@@ -194,7 +199,7 @@ def make_place(
 
 def _point(policy: str, records: Sequence[Mapping[str, Any]], named: Mapping[str, tuple[str, str]]) -> Point:
     first, bad = records[0], [r for r in records if r["status"] != "ok"]
-    label, group = named.get(policy, (first["method"], ""))
+    label, group = named[policy]
     degenerate = any(r["degenerate"] for r in records)
     start = (label, group, policy, first["method"], first["budget"])
     if bad:

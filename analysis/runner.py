@@ -7,10 +7,13 @@ from pathlib import Path
 
 from kvtool.analysis.answer import make_answer, warnings
 from kvtool.analysis.cells import build_cells
+from kvtool.analysis.cliffs import Cliff, find_cliffs
+from kvtool.analysis.cliffs_report import cliff_figure, cliff_table
 from kvtool.analysis.controls import check_decoding
 from kvtool.analysis.fidelity import Agreement
 from kvtool.analysis.fidelity_report import measure_all
 from kvtool.analysis.load import Reality, Simulation, check_belongs, load_reality, load_simulation
+from kvtool.analysis.points import make_place
 from kvtool.analysis.tables import build_table, csv_table, markdown_table, text_table
 from kvtool.files import write_text
 
@@ -68,12 +71,25 @@ def run_analyze(simulate_dir: Path | None, infer_dir: Path, out: Path, draws: in
     answer, notes = make_answer(rows, reality), warnings(rows, reality)
     figures = make_figures(rows)
     agreements = _agreements_or_none(simulation, reality, draws, seed)
-    for figure in figures:
+    cliffs = _cliffs(simulation, reality)
+    fall = cliff_figure(cliffs) if cliffs else None
+    for figure in (*figures, *([fall] if fall else [])):
         figure.save(out / "figures")
+    if cliffs:
+        cliff_table(cliffs).save(out)
     write_text(out / "table.md", markdown_table(rows))
     write_text(out / "table.csv", csv_table(rows))
-    write_text(out / "report.html", render_report(rows, answer, notes, figures, agreements, simulation, reality))
+    page = render_report(rows, answer, notes, figures, agreements, simulation, reality, cliffs, fall)
+    write_text(out / "report.html", page)
     return AnalyzeSummary(out / "report.html", text_table(rows), answer.text(), tuple(notes))
+
+
+def _cliffs(simulation: Simulation | None, reality: Reality) -> list[Cliff]:
+    """Where the methods that were run at two shares of the prompt begin to lose, with the reason where it was predicted."""
+    config = reality.config
+    place = make_place(reality.records, str(config.get("model") or ""), task=config.get("task"), length=config.get("length"))
+    predicted = {} if simulation is None else {row["policy"]: row for row in simulation.rows}
+    return [] if place is None else find_cliffs(place, predicted)
 
 
 def _agreements_or_none(simulation: Simulation | None, reality: Reality, draws: int, seed: int) -> tuple[Agreement, ...]:

@@ -73,13 +73,17 @@ def _grid(name: str, title: str, caption: str, rows: Sequence[Row], draw_panel: 
                     axes.set_axis_off()
                     continue
                 draw_panel(axes, mine, labels)
-                axes.set_title(f"{task}, {length}", fontsize=8)
+                axes.set_title(f"{task}, {length}", fontsize=8, y=1.0 if quick else None)
                 axes.tick_params(labelsize=7)
             line[0].set_ylabel(FIGURES[rows[0][0].figure() or "score"][1])
         if quick and draw_panel is _curve_panel:  # the retentions are the same down a column: one set of labels
             for axes in grid[:-1].ravel():
                 axes.tick_params(labelbottom=False)
                 axes.set_xlabel("")
+        if quick:  # fixed places: matplotlib would measure all labels of all panels anew for every format
+            for axes in grid.ravel():
+                axes.xaxis.set_label_coords(0.5, -0.24)
+                axes.yaxis.set_label_coords(-0.17, 0.5)
         figure_legend(canvas, list(grid.ravel()))
 
     wide = len(lengths) > 1

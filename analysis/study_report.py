@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from kvtool.analysis.cliffs import Cliff, between, find_cliffs
 from kvtool.analysis.cliffs_report import cliff_figure, cliff_table
-from kvtool.analysis.study import Choice, StudyData, choose, details, headline, warnings
+from kvtool.analysis.page import render_page
+from kvtool.analysis.study import Choice, StudyData, choose, details, headline
 from kvtool.analysis.study_figures import study_figures
 from kvtool.analysis.study_heads import head_figures
+from kvtool.analysis.study_pictures import links, pictures
 from kvtool.analysis.study_series import series_figures
 from kvtool.analysis.study_tables import answer_table, node_table, own_tables, point_table, score_table, series_table
-from kvtool.analysis.style import Figure, inline
-from kvtool.analysis.tabular import Cell, Table
+from kvtool.analysis.study_warnings import warnings
+from kvtool.analysis.style import Figure
+from kvtool.analysis.tabular import Table
 from kvtool.files import write_text
 
-DARK = (
-    "color-scheme: dark; --ink: #e6e9ef; --soft: #a3acbd; --paper: #14171d; --card: #1d222b; --line: #343b48; --accent: #7cc0f5; "
-    "--warn: #ffc978; --warnbg: #33270f; --good: #9be3b6; --bad: #ffb3ab;"
-)
-#: A cell of text that is longer may be broken over lines.
-LONG = 44
-#: Longer tables show no policy texts under the pointer: they would be a tenth of the file.
-MOST_TITLES = 500
 #: Sections by what the names of their figures begin with.
 HEADS = ("heads_", "layers_")
 TEXTS = ("perplexity_", "sinks_", "confidence_", "inverse_", "best_")
-_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+
+#: Results from which on a second process draws: below, starting it takes longer than the drawing.
+MANY_POINTS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,7 @@ def write_report(data: StudyData, out: Path) -> StudyReport:
         for table in (*group.tables, *group.folded):
             table.save(out / "tables")
         for figure in group.figures:
-            if figure.files:
-                figure.save(out / "figures")
+            figure.save(out / "figures")
     answer, lines = headline(choices), details(choices)
     if not choices and (best := _reading_answer(data)):
         answer, lines = best
@@ -163,8 +160,19 @@ def refinements(cliffs: Sequence[Cliff], n: int = 3) -> list[str]:
     return [f"curves fall between grid values; add to the study's retentions: {values} (only what is new is run)"]
 
 
+def _figures(data: StudyData) -> list[Figure]:
+    """Draw all figures of results; those of heads beside the others, in a second process, where there are many points."""
+    if sum(len(place.points) for place in data.places) < MANY_POINTS or (os.cpu_count() or 1) < 2:
+        return [*study_figures(data), *head_figures(data), *series_figures(data)]
+    # A fresh process: a fork of one that has threads (BLAS, torch) may hang.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
+        heads = beside.submit(head_figures, data)
+        curves, series = study_figures(data), series_figures(data)
+        return [*curves, *heads.result(), *series]
+
+
 def _groups(data: StudyData, choices: Sequence[Choice], cliffs: Sequence[Cliff], out: Path) -> list[Group]:
-    figures = [*study_figures(data), *head_figures(data), *series_figures(data)]
+    figures = _figures(data)
 
     def named(*starts: str) -> list[Figure]:
         return [figure for figure in figures if figure.name.startswith(starts)]
@@ -177,15 +185,14 @@ def _groups(data: StudyData, choices: Sequence[Choice], cliffs: Sequence[Cliff],
         for (kind, names), words in zip(stages.items(), ("Perplexity", "Time and memory"), strict=True)
     }
     fall = cliff_figure(cliffs) if cliffs else None
-    scores, own = score_table(data.places), own_tables(data)
+    scores, own = score_table(data.places), {table.name: table for table in own_tables(data)}
+
+    def mine(*names: str) -> list[Table]:
+        return [own[name] for name in names if name in own]
+
     return [
         Group("answers", "What to run, by workload", [answer_table(choices)] if choices else []),
-        Group(
-            "findings",
-            "The study's findings, here",
-            [t for t in own if t.name == "findings"],
-            folded=[t for t in own if t.name != "findings"],
-        ),
+        Group("findings", "The study's findings, here", mine("findings"), folded=mine("reference")),
         Group(
             "scores",
             "Scores",
@@ -193,101 +200,54 @@ def _groups(data: StudyData, choices: Sequence[Choice], cliffs: Sequence[Cliff],
             named("score_"),
             [point_table(data.places)] if len(scores.header) > 6 else [],
         ),
-        Group("cliffs", "Performance cliffs", [cliff_table(cliffs)] if cliffs else [], [fall] if fall else []),
-        Group("heads", "Heads", [], [*named(*HEADS), *_pictures(data, ("importance",))]),
-        Group("blocks", "Compensation", [], [*named("blocks_"), *_pictures(data, ("compensation",))]),
+        Group(
+            "cliffs",
+            "Performance cliffs",
+            [*([cliff_table(cliffs)] if cliffs else []), *mine("refined")],
+            [fall] if fall else [],
+        ),
+        Group("heads", "Heads", [], [*named(*HEADS), *pictures(data, "classify", "importance", "hiv")]),
+        Group("gaps", "Where the loss comes from", mine("gap_parts"), pictures(data, "gaps")),
+        Group("blocks", "Compensation", [], [*named("blocks_"), *pictures(data, "compensation")]),
         Group("texts", "Reading texts", [t for t in [tables["perplexity"]] if t], named(*TEXTS)),
         Group(
             "speed",
             "Memory and speed",
             [t for t in [tables["stress"]] if t],
-            [*named("stress_"), *_pictures(data, ("stress",), ("endless",))],
+            [*named("stress_"), *pictures(data, "stress")],
         ),
-        Group("prediction", "Prediction beside reality", [], named("simulated_real"), links=_links(data, out)),
-        Group("needles", "Needles by depth", [], _pictures(data, ("needles",))),
+        Group("prediction", "Prediction beside reality", [], named("simulated_real"), links=links(data, out, "analyze")),
+        Group("search", "Searched settings", [], pictures(data, "search")),
+        Group(
+            "compared",
+            "Compared, and the answers' consistency",
+            [],
+            pictures(data, "compare", "consistency"),
+            links=links(data, out, "consistency"),
+        ),
+        Group("needles", "Needles by depth", [], pictures(data, "needles")),
         Group("run", "What was run", [], folded=[node_table(data)]),
     ]
 
 
-def _pictures(data: StudyData, kinds: Sequence[str], only: Sequence[str] = ()) -> list[Figure]:
-    """Figures that the stages themselves have drawn, as they lie in their folders."""
-    found = []
-    for kind in kinds:
-        for number, (title, folder) in enumerate(data.folders.get(kind, [])):
-            for path in sorted(folder.glob("*.svg")):
-                if not only or path.stem in only:
-                    name = f"{kind}_{number}_{path.stem}"
-                    svg = inline(path.read_text(encoding="utf-8"), name, f"{path.stem}: {title}")
-                    found.append(
-                        Figure(name, f"{path.stem.replace('_', ' ').capitalize()}: {title}", "Drawn by its stage.", svg, "", {})
-                    )
-    return found
-
-
-def _links(data: StudyData, out: Path) -> list[tuple[str, str]]:
-    """Reports of single cells, relative to this one."""
-    found = [(title, folder / "report.html") for title, folder in data.folders.get("analyze", [])]
-    return [(title, Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()) for title, path in found if path.exists()]
-
-
 def _render(data: StudyData, groups: Sequence[Group], answer: str, lines: Sequence[str], notes: Sequence[str]) -> str:
-    from jinja2 import Environment
-
-    folder = files("kvtool.analysis").joinpath("templates")
-    texts = {
-        name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("study.html.j2", "study.css.j2", "tables.js.j2")
-    }
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(left=_left, body=_body)
     sections = [
         *([("warnings", "Before you believe it")] if notes else []),
         *((g.id, g.title) for g in groups),
         ("provenance", "Provenance"),
     ]
-    return (
-        environment.from_string(texts["study.html.j2"])
-        .render(
-            name=data.name,
-            scale=data.scale,
-            headline=answer,
-            details=lines,
-            facts=_facts(data),
-            sections=sections,
-            warnings=notes,
-            groups=groups,
-            provenance=json.dumps(data.provenance, indent=1, ensure_ascii=False),
-            css=texts["study.css.j2"].replace("{{ dark }}", DARK),
-            js=texts["tables.js.j2"],
-        )
-        .lstrip()
+    return render_page(
+        "study.html.j2",
+        name=data.name,
+        scale=data.scale,
+        headline=answer,
+        details=lines,
+        facts=_facts(data),
+        sections=sections,
+        warnings=notes,
+        groups=groups,
+        provenance=json.dumps(data.provenance, indent=1, ensure_ascii=False),
     )
-
-
-def _left(table: Table) -> list[int]:
-    """Columns of text, counted from 1."""
-    rows = table.rows
-    return [i + 1 for i in range(len(table.header)) if rows and all(isinstance(row[i].value, str) for row in rows)]
-
-
-def _body(table: Table) -> object:
-    """Return the rows as HTML, escaped cell by cell, without what browsers fill in themselves: large tables stay small files."""
-    from markupsafe import Markup
-
-    titles = len(table.rows) <= MOST_TITLES
-    lines = ["<tr>" + "".join(_cell(cell, titles) for cell in row) for row in table.rows]
-    return Markup("\n".join(lines))
-
-
-def _cell(cell: Cell, titles: bool) -> str:
-    text = cell.text.translate(_ENTITIES)
-    classes = [word for word in ("agrees", "differs") if cell.text.startswith(word)] + (["w"] if len(cell.text) > LONG else [])
-    mark = f' class="{" ".join(classes)}"' if classes else ""
-    title = (
-        f' title="{cell.title.translate(_ENTITIES)}"'
-        if titles and cell.title and cell.title != cell.text and len(cell.title) < 80
-        else ""
-    )
-    return f"<td{mark}{title}>{text}"
 
 
 def _facts(data: StudyData) -> list[tuple[str, str]]:

@@ -137,8 +137,24 @@ def _digits(value: float | None) -> int:
     return 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
 
 
+#: How the titles of a study's own tables begin -> name, and how to read it.
+OWN = {
+    "What the study found, here": ("findings", ""),
+    "The study's own numbers beside ours": ("reference", ""),
+    "Critical retentions, refined": ("refined", "Run for real between grid values where a curve falls, on the same prompts."),
+    "Why policies fall short": (
+        "gap_parts",
+        "Predicted harm (lost margin) above the oracle's, taken apart: protection wants smaller sink and window, selection a better "
+        "score, price another shape of the budgets, allocation other budgets of the same shape.",
+    ),
+}
+
+
 def own_tables(data: StudyData) -> list[Table]:
-    """Return the study's findings and own numbers, as the summary has them; findings first."""
-    names = {"What the study found, here": "findings", "The study's own numbers beside ours": "reference"}
-    found = [plain_table(names[title], title, "", header, lines) for title, header, lines in data.tables if title in names]
-    return sorted(found, key=lambda table: table.name)
+    """Return the study's findings, own numbers and further tables of its stages, as the summary has them; others are made anew."""
+    found: list[Table] = []
+    for title, header, lines in data.tables:
+        known = next((value for start, value in OWN.items() if title.startswith(start)), None)
+        if known is not None and known[0] not in {table.name for table in found}:
+            found.append(plain_table(known[0], title, known[1], header, lines))
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,14 +62,28 @@ class Figure:
     @property
     def width(self) -> int:
         """Natural width in CSS pixels; 0 if the picture does not say."""
-        found = re.search(r'viewBox="[\d.-]+ [\d.-]+ ([\d.]+)', self.svg)
-        return round(float(found[1]) * 96 / 72) if found else 0
+        return self._size()[0]
+
+    @property
+    def height(self) -> int:
+        """Natural height in CSS pixels; 0 if the picture does not say."""
+        return self._size()[1]
+
+    @property
+    def endings(self) -> list[str]:
+        """Endings of the files that `save` writes."""
+        return [*self.files, *(["csv"] if self.data else [])]
+
+    def _size(self) -> tuple[int, int]:
+        found = re.search(r'viewBox="[\d.-]+ [\d.-]+ ([\d.]+) ([\d.]+)', self.svg)
+        return (round(float(found[1]) * 96 / 72), round(float(found[2]) * 96 / 72)) if found else (0, 0)
 
     def save(self, folder: Path) -> None:
-        """Write PNG, SVG, PDF and CSV atomically."""
+        """Write PNG, SVG, PDF and CSV atomically, as far as there are such."""
         for ending, content in self.files.items():
             write_atomic(folder / f"{self.name}.{ending}", lambda file, content=content: file.write(content))  # type: ignore[misc]
-        write_text(folder / f"{self.name}.csv", self.data)
+        if self.data:
+            write_text(folder / f"{self.name}.csv", self.data)
 
 
 def make_figure(
@@ -141,24 +154,54 @@ def render(canvas: Canvas, ending: str, dpi: int = 150) -> bytes:
 
 
 def inline(svg: str, name: str, title: str) -> str:
-    """Cut the XML header and metadata, make ids unique within the page, drop needless digits, and let the page set the size."""
+    """Cut the XML header and metadata, make ids unique within the page, drop what is not needed, and let the page set the size."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
-    seen: Counter[str] = Counter()
+    used = {each: f"{name}-{i}" for i, each in enumerate(dict.fromkeys(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', svg)))}
+    seen = set[str]()
 
     def unique(found: re.Match[str]) -> str:
-        # Pictures of equal content share an id; what is referred to is the first.
-        seen[found[1]] += 1
-        return f'id="{name}-{found[1]}"' if seen[found[1]] == 1 else f'id="{name}-{found[1]}-{seen[found[1]]}"'
+        # Nothing refers to most ids; pictures of equal content share one, and what is referred to is the first.
+        if found[1] not in used or found[1] in seen:
+            return ""
+        seen.add(found[1])
+        return f' id="{used[found[1]]}"'
 
-    svg = re.sub(r'\bid="([^"]+)"', unique, svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'\s+id="([^"]+)"', unique, svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)([^")]+)', lambda found: found[1] + used[found[2]], svg)
     svg = re.sub(r"(\d\d\.\d)\d+", r"\1", svg)
     svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)
-    svg = re.sub(r"\n\s*", "\n", svg)
+    svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    svg = _one_path(_one_font(svg))
+    for _ in range(3):  # groups of one thing each, from the inside
+        svg = re.sub(r"<g>\s*(<(?:use|path|image|text)\b[^<]*(?:/>|</text>))\s*</g>", r"\1", svg)
+        svg = re.sub(r"<g>\s*</g>\s*|<defs>\s*</defs>\s*", "", svg)
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return re.sub(r'<svg([^>]*?) height="[^"]*"', rf'<svg\1 role="img" aria-label="{label}"', svg, count=1)
+
+
+def _one_path(svg: str) -> str:
+    """Join lines that follow each other and look alike, such as error bars, into one path each."""
+
+    def join(found: re.Match[str]) -> str:
+        lines = re.findall(r'd="([^"]*)"', found[0])
+        return f'<path d="{" ".join(line.strip() for line in lines)}"{found[1]}'
+
+    # Filled or half-transparent ones would look otherwise where they cross.
+    line = r'<path d="[^"]*"'
+    alike = rf'{line}((?: clip-path="[^"]*")? style="fill: none; stroke: #\w+; stroke-width: [\d.]+"/>)(?:\n{line}\1)+'
+    return re.sub(alike, join, svg)
+
+
+def _one_font(svg: str) -> str:
+    """Name the fonts once for the whole picture instead of with every text; they are a third of the file."""
+    fonts = re.findall(r"font-family: ([^;\"]*)", svg)
+    if not fonts or len(set(fonts)) > 1:
+        return svg
+    svg = re.sub(r"; font-family: [^;\"]*|font-family: [^;\"]*; ?", "", svg)
+    return svg.replace("<svg", f'<svg font-family="{fonts[0]}"', 1)
 
 
 def line_style(name: str, names: Sequence[str]) -> dict[str, Any]:
@@ -201,6 +244,11 @@ def bars(means: Sequence[float], lows: Sequence[float | None], highs: Sequence[f
     return [down, up]
 
 
+def _fitting(canvas: Canvas, labels: Sequence[str]) -> int:
+    """Columns of a legend of 8 points that fit side by side; long names would stand out at both sides."""
+    return max(1, int(canvas.get_figwidth() / (0.55 + 0.065 * max(map(len, labels)))))
+
+
 def figure_legend(canvas: Canvas, axes: Sequence[Axes], columns: int = 4) -> None:
     """One legend below all panels, of every label that occurs in any of them."""
     handles: dict[str, Any] = {}
@@ -212,7 +260,7 @@ def figure_legend(canvas: Canvas, axes: Sequence[Axes], columns: int = 4) -> Non
             list(handles.values()),
             list(handles),
             loc="outside lower center" if canvas.get_layout_engine() else "lower center",
-            ncols=min(columns, len(handles)),
+            ncols=min(columns, len(handles), _fitting(canvas, list(handles))),
             frameon=False,
             fontsize=8,
         )

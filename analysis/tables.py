@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvtool.analysis.load import Reality, Simulation
+from kvtool.analysis.plain import short_names
 from kvtool.analysis.statistics import TIE, Interval, mean_interval, paired_interval
 from kvtool.textgrid import figure, grid
 
@@ -24,6 +26,9 @@ class TableRow:
     Attributes
     ----------
     policy, method : str
+        Text form, with and without budget.
+    name, label : str
+        Method and policy as they are shown: without paths of files.
     budget : str or None
     status : str
         ``"ok"``, ``"oom"``, ``"impossible"`` or ``"failed"``.
@@ -68,6 +73,8 @@ class TableRow:
     ttft_s: float | None = None
     tpot_s: float | None = None
     beats_control: bool | None = None
+    name: str = ""
+    label: str = ""
 
     @property
     def note(self) -> str:
@@ -81,9 +88,15 @@ class TableRow:
 def build_table(simulation: Simulation | None, reality: Reality) -> list[TableRow]:
     """Return one row per configuration that was run, the full cache first, then by budget and real rank."""
     predicted = {row["policy"]: row for row in simulation.rows} if simulation else {}
-    drafts = [_row(reality, policy, predicted.get(policy)) for policy in reality.policies]
+    drafts = _shortened([_row(reality, policy, predicted.get(policy)) for policy in reality.policies])
     ranked = _ranks(drafts)
     return sorted(ranked, key=lambda r: (r.budget is not None, r.retention or 0.0, r.budget or "", r.real_rank or 99, r.policy))
+
+
+def _shortened(rows: list[TableRow]) -> list[TableRow]:
+    """Name the rows as people read them."""
+    methods, labels = short_names([r.method for r in rows]), short_names([r.policy for r in rows])
+    return [dataclasses.replace(r, name=methods[r.method], label=labels[r.policy]) for r in rows]
 
 
 def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> TableRow:
@@ -149,8 +162,6 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _ranks(rows: list[TableRow]) -> list[TableRow]:
-    import dataclasses
-
     ranked = []
     for row in rows:
         peers = [r for r in rows if r.budget == row.budget and r.status == "ok"]
@@ -178,7 +189,7 @@ def markdown_table(rows: list[TableRow]) -> str:
 
 def _cells(row: TableRow) -> list[str]:
     return [
-        row.policy,
+        row.label or row.policy,
         "-" if row.retention is None else f"{100 * row.retention:.1f}%",
         "-" if row.saved is None else f"{100 * row.saved:.1f}%",
         "-" if row.simulated_rank is None else str(row.simulated_rank),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.files import write_atomic
+from kvtool.pictures import save_canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +23,13 @@ STYLES = (
     ("#E69F00", "P"),
     ("#56B4E9", "X"),
 )
+LOOKS: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+}
 
 Pick = Callable[["PointRow"], float | None]
 
@@ -48,7 +54,7 @@ PANELS: tuple[tuple[str, Pick], ...] = (
 
 
 def draw_series(folder: Path, series: str, rows: Sequence[PointRow]) -> None:
-    """Draw six panels over lengths or batches and write them as ``SERIES.png`` and ``.svg``.
+    """Draw six panels over lengths or batches and write them as ``SERIES.png``, ``.svg`` and ``.pdf``.
 
     A point without memory is a cross at the top of its panel.
     """
@@ -57,7 +63,7 @@ def draw_series(folder: Path, series: str, rows: Sequence[PointRow]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with matplotlib.rc_context(_settings(series)):
+    with matplotlib.rc_context(LOOKS):
         canvas, grid = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained")
         names = list(dict.fromkeys(_name(row) for row in rows))
         for axes, (title, pick) in zip(grid.flat, PANELS, strict=True):
@@ -78,7 +84,7 @@ def draw_series(folder: Path, series: str, rows: Sequence[PointRow]) -> None:
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
-        _save(folder, series, canvas)
+        save_canvas(canvas, folder, series)
         plt.close(canvas)
 
 
@@ -102,7 +108,7 @@ def _line(axes: Axes, rows: Sequence[PointRow], series: str, pick: Pick, style: 
 
 
 def draw_endless(folder: Path, windows: Sequence[dict[str, Any]]) -> None:
-    """Draw memory, time per token and loss over the tokens decoded; writes ``endless.png`` and ``.svg``."""
+    """Draw memory, time per token and loss over the tokens decoded; writes ``endless.png``, ``.svg`` and ``.pdf``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,7 +116,7 @@ def draw_endless(folder: Path, windows: Sequence[dict[str, Any]]) -> None:
 
     panels = [("KV cache (MB)", "kv_bytes_high", 1e-6), ("time per output token (ms)", "tpot_s", 1000.0)]
     panels += [("loss of the text (nats per token)", "nll", 1.0)] if any(w["nll"] is not None for w in windows) else []
-    with matplotlib.rc_context(_settings("endless")):
+    with matplotlib.rc_context(LOOKS):
         canvas, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), layout="constrained", squeeze=False)
         names = list(dict.fromkeys((w["policy"], w["source"]) for w in windows))
         for axes, (title, key, factor) in zip(grid.flat, panels, strict=True):
@@ -123,7 +129,7 @@ def draw_endless(folder: Path, windows: Sequence[dict[str, Any]]) -> None:
             axes.set_ylim(0, 1.1 * max(w[key] * factor for w in windows if w[key] is not None))
         handles, labels = grid[0, 0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8)
-        _save(folder, "endless", canvas)
+        save_canvas(canvas, folder, "endless")
         plt.close(canvas)
 
 
@@ -134,17 +140,3 @@ def _name(row: PointRow) -> str:
 def _style(index: int) -> dict[str, Any]:
     colour, marker = STYLES[index % len(STYLES)]
     return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4}
-
-
-def _settings(name: str) -> dict[str, Any]:
-    looks = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
-    return {**looks, "svg.fonttype": "none", "svg.hashsalt": name}
-
-
-def _save(folder: Path, name: str, canvas: Any) -> None:
-    # No date: the same data gives the same file.
-    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format=ending, dpi=150, metadata=metadata)
-        content = buffer.getvalue()
-        write_atomic(folder / f"{name}.{ending}", lambda file, content=content: file.write(content))  # type: ignore[misc]

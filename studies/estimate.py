@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import ConfigError
+from kvtool.infer.stress_plan import doubling
 
 if TYPE_CHECKING:
     from kvtool.shapes import Shape
@@ -28,20 +29,34 @@ if TYPE_CHECKING:
 LAYER_S = {"cpu": 0.0006, "cuda": 0.0004}
 #: Measured over modelled time, on the embedded model and two cores; see docs/studies.md.
 FACTORS = {
-    "capture": 6.0,
-    "classify": 1.0,
+    "capture": 4.0,
+    "classify": 2.0,
     "simulate": 1.0,
     "refine": 1.5,
+    "gaps": 1.0,
     "search": 1.0,
     "compensation": 1.0,
     "importance": 1.5,
-    "infer": 2.0,
+    "hiv": 1.5,
+    "infer": 2.5,
+    "cliffs": 2.5,
+    "compare": 1.0,
+    "consistency": 1.0,
     "perplexity": 2.0,
-    "stress": 2.0,
+    "stress": 3.0,
+    "no_cache": 1.0,
     "analyze": 1.0,
 }
 #: Tokens of an answer where the task does not say more.
 NEW_TOKENS = 32
+#: Bytes that a stage moves per number that it looks at (prompt, policy, head, entry), found on the embedded model.
+MOVED = {"simulate": 100, "gaps": 24_000, "search": 4_200, "compensation": 32_000}
+#: Masked forwards per policy and block size, of a compensation that is refined.
+STATES = 16
+#: What the process itself takes in main memory: interpreter, torch and the other libraries.
+PROCESS_BYTES = 470_000_000
+#: Seconds of one paired comparison with 9,999 draws.
+COMPARISON_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +180,10 @@ def estimate(node: Node, rates: Rates, factors: Mapping[str, float]) -> Estimate
     """
     shape, units = model_shape(node.cell.model.text), n_units(node)
     kind = node.stage.kind
-    if kind in ("classify", "analyze"):
+    if kind in ("classify", "analyze", "consistency"):
         return Estimate(units, 3.0 * factors[kind], 0)
+    if kind == "compare":
+        return Estimate(units, (2.0 + COMPARISON_S * _comparisons(node) * node.work["draws"] / 9999) * factors[kind], 0)
     if shape is None:
         return Estimate(units, None, None)
     cost = _Cost(shape, rates)
@@ -181,8 +198,12 @@ def n_units(node: Node) -> int:
         return int(work["n"])
     if node.stage.kind == "infer":
         return int(work["n"]) * (n_policies + 1)
-    if node.stage.kind in ("simulate", "compensation", "importance"):
+    if node.stage.kind in ("simulate", "gaps", "compensation", "importance", "hiv"):
         return len(node.policies)
+    if node.stage.kind == "cliffs":
+        return int(node.inputs["infer"].work["n"]) * _finer(node)
+    if node.stage.kind == "no_cache":
+        return len(list(doubling(work["length"], work["max_length"]))) * int(work["repeats"])
     if node.stage.kind == "refine":
         return int(work["refine"])
     if node.stage.kind == "perplexity":
@@ -192,10 +213,25 @@ def n_units(node: Node) -> int:
     return 1
 
 
+def _comparisons(node: Node) -> int:
+    """Policies against the baseline, and pairs within a budget; of two figures each."""
+    texts = node.inputs["infer"].policies
+    budgets = [text.partition("budget=")[2].partition(",")[0] for text in texts]
+    counts = [budgets.count(budget) for budget in set(budgets)]
+    return 2 * (len(texts) + sum(count * (count - 1) // 2 for count in counts))
+
+
+def _finer(node: Node) -> int:
+    """Configurations that a refinement adds at most: of each method with several retentions, some per round."""
+    from kvtool.studies.naming import method_text
+
+    methods = [method_text(text) for text in node.inputs["infer"].policies]
+    falling = sum(methods.count(method) > 1 for method in set(methods))
+    return falling * int(node.work["points"]) * int(node.work["rounds"])
+
+
 def _stress_points(node: Node) -> Iterable[tuple[int, int]]:
     """Yield the (length, batch) of both series; until memory is out: to 32 times the first one."""
-    from kvtool.infer.stress_plan import doubling
-
     work = node.work
     for length in doubling(work["length"], _last(work["max_length"], work["length"])):
         yield length, work["batch"]
@@ -236,25 +272,45 @@ class _Cost:
         length, n = int(captured.get("length") or NEW_TOKENS * 64), int(captured.get("n") or 1)
         if kind == "capture":
             return (n + min(n, int(work["permute"]))) * (self.prompt_s(length) + self.prompt_s(NEW_TOKENS))
-        if kind in ("simulate", "search", "compensation"):
-            points = {"simulate": 1, "search": work.get("trials", 1), "compensation": 4 * len(work.get("blocks", ()))}[kind]
-            numbers = n * max(1, len(node.policies)) * points * length * self.shape.n_layers * self.shape.n_heads
-            return 2.0 + float(100 * numbers / self.rates.bytes_per_s)
-        if kind == "importance":
+        if kind in ("simulate", "gaps", "search", "compensation"):
+            points = {
+                "search": work.get("trials", 1) * len(work.get("budgets", ())),
+                "compensation": len(work.get("blocks", ())),
+            }
+            each = max(1, len(node.policies)) * points.get(kind, 1)
+            numbers = n * each * length * self.shape.n_layers * self.shape.n_heads
+            forwards = STATES * each if kind == "compensation" and work["refine"] else 0
+            refined = n * (self.prompt_s(length) + forwards * self.prompt_s(NEW_TOKENS)) if forwards else 0.0
+            return 2.0 + float(MOVED[kind] * numbers / self.rates.bytes_per_s) + refined
+        if kind in ("importance", "hiv"):
             heads = self.shape.n_layers * self.shape.n_heads if work["ablate"] else 0
-            return 2.0 + n * (len(node.policies) + 1) * (self.prompt_s(length) + (3 + heads) * self.prompt_s(NEW_TOKENS))
+            tasks = sum(role.startswith("capture") for role in node.inputs)
+            return 2.0 + tasks * n * (len(node.policies) + 1) * (
+                self.prompt_s(length) + (3 + heads) * self.prompt_s(NEW_TOKENS)
+            )
         if kind == "refine":
             return 2.0 + n * (self.prompt_s(length) + int(work["refine"]) * self.prompt_s(NEW_TOKENS))
         if kind == "infer":
-            n_policies = max(1, len(node.policies)) + 1
-            steps = int(work["max_new_tokens"] or NEW_TOKENS) if work["generate"] else 1
             kept = sum(entries(text, length) for text in node.policies) + length
-            return n * (self.prompt_s(length) + steps * n_policies * self.step_s(kept / n_policies))
+            return self._infer_s(work, len(node.policies) + 1, kept)
+        if kind == "cliffs":
+            real = node.inputs["infer"].work
+            return self._infer_s(real, _finer(node), _finer(node) * int(real["length"] or length) / 4)
+        if kind == "no_cache":
+            per_run = (int(work["n_new"]) + 1) * int(work["repeats"])
+            return per_run * sum(self.prompt_s(t) for t in doubling(work["length"], work["max_length"]))
         if kind == "perplexity":
             return float(sum(self._reading_s(text, work) for text in ("full", *node.policies)))
         runs = (len(node.policies) + 2) * (work["repeats"] + work["warm_ups"])
         timed = sum(runs * (self.prompt_s(t, b) + work["n_new"] * self.step_s(t, b)) for t, b in _stress_points(node))
         return float(timed + work["endless"] * 2 * len(node.policies) * self.step_s(work["length"]))
+
+    def _infer_s(self, work: Mapping[str, Any], n_policies: int, kept: float) -> float:
+        """Seconds of real runs: a prompt per sample, and an answer per policy; `kept`: entries of all policies together."""
+        length = int(work["length"] or NEW_TOKENS * 64)
+        steps = int(work["max_new_tokens"] or NEW_TOKENS) if work["generate"] else 1
+        each = 0.0 if not n_policies else n_policies * self.step_s(kept / n_policies)
+        return int(work["n"]) * (self.prompt_s(length) + steps * each)
 
     def _reading_s(self, text: str, work: Mapping[str, Any]) -> float:
         """A policy that goes by position alone reads many tokens at once, any other one by one."""
@@ -268,11 +324,12 @@ class _Cost:
         return -(-n // int(work["batch"])) * length * self.step_s(entries(text, length), int(work["batch"]))
 
     def memory(self, node: Node) -> int:
-        """Bytes: weights, cache of the longest prompt, activations of one layer, statistics."""
+        """Bytes: weights, cache of the longest prompt, activations of one layer, statistics; on a CPU the process' own, too."""
         shape, size, kind = self.shape, self._itemsize, node.stage.kind
-        if kind in ("simulate", "search"):
+        if kind in ("simulate", "gaps", "search"):
             return 0
         captured = node.inputs["capture"].work if "capture" in node.inputs else node.work
+        captured = node.inputs["infer"].work if kind == "cliffs" else captured
         length, batch = captured.get("length") or NEW_TOKENS * 64, 1
         if kind == "stress":
             length, batch = max(_stress_points(node), key=lambda at: at[0] * at[1], default=(length, 1))
@@ -282,7 +339,7 @@ class _Cost:
         total = shape.n_parameters * size + 2 * batch * length * shape.kv_bytes_per_token(size) + active
         if kind == "capture":
             total += 12 * 4 * shape.n_heads * length * shape.n_layers
-        return int(total)
+        return int(total) + (PROCESS_BYTES if self.rates.device == "cpu" else 0)
 
 
 def entries(text: str, length: int) -> float:

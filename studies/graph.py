@@ -7,26 +7,25 @@ capture that the heads are classified on) is one node; what a change of the stud
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 from kvtool.errors import KvtoolError
 from kvtool.files import config_hash
+from kvtool.studies.content import has_own_lengths, is_fixed, model_content, task_files
 from kvtool.studies.parse import expand
 from kvtool.studies.schema import FRESH, Choice, Stage, Study
 from kvtool.studies.stages import (
     ON_CAPTURE,
+    ON_INFER,
     WITH_POLICIES,
-    AnalyzeStage,
     CaptureStage,
     ClassifyStage,
     InferStage,
+    NoCacheStage,
     PerplexityStage,
     RefineStage,
     SimulateStage,
@@ -34,8 +33,6 @@ from kvtool.studies.stages import (
 )
 
 GRAPH_SCHEMA = 1
-#: Bytes of each of the samples that stand for the content of a large file, and how many.
-BLOCK, BLOCKS = 4096, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +140,9 @@ class _Builder:
         for cell in self._cells():
             yield from self._of_cell(cell)
         for stage in self.study.stages:
-            if isinstance(stage.parameters, StressStage) and self._has(stage, Cell(self.model)):
+            if stage.kind == "hiv":
+                yield from self._over_tasks(stage)
+            elif isinstance(stage.parameters, StressStage | NoCacheStage) and self._has(stage, Cell(self.model)):
                 yield self._on_model(stage, Cell(self.model), dataclasses.asdict(stage.parameters))
             elif isinstance(stage.parameters, PerplexityStage):
                 yield from self._reading(stage, stage.parameters)
@@ -192,19 +191,26 @@ class _Builder:
                     self._infer(stage, settings, cell, heads or self._heads(cell), ranked, r) for r in range(settings.repeats)
                 ]
                 yield from (run for run in runs if run is not None)
-        yield from self._analyses(cell, heads, ranked)
+        yield from self._on_infer(cell, captured, heads, ranked)
 
     def _capture(self, stage: Stage, settings: CaptureStage, cell: Cell, n: int | None = None) -> Node:
         work = {
             **self._base,
             **_prompts(cell, n or settings.n or self.study.n, self.study.seed),
             **self._beside(cell),
-            "windows": list(settings.windows),
+            "windows": self._windows(settings),
             "statistics": None if settings.statistics is None else list(settings.statistics),
             "answer_tokens": settings.answer_tokens,
             "permute": settings.permute,
         }
         return Node(stage, cell, work)
+
+    def _windows(self, settings: CaptureStage) -> list[int]:
+        """Those of the stage; weighted representatives, which compensation compares, ask for one of their own."""
+        from kvtool.policies.compensation import OBSERVED
+
+        more = {OBSERVED} if self.study.stage("compensation") is not None else set()
+        return [*settings.windows, *sorted(more - set(settings.windows))]
 
     def _beside(self, cell: Cell) -> dict[str, Any]:
         """How many samples of a fixed set are left to the real run: what is captured must be others."""
@@ -282,18 +288,47 @@ class _Builder:
         texts = self._texts(stage)
         return Node(stage, cell, {**self._base, **work}, self._with_heads(texts, self._heads(Cell(self.model))), texts)
 
-    def _analyses(self, cell: Cell, heads: Node | None, ranked: Node | None) -> Iterator[Node]:
-        stage = self.study.stage("analyze")
-        if stage is None or not self._has(stage, cell):
+    def _on_infer(self, cell: Cell, captured: Node | None, heads: Node | None, ranked: Node | None) -> Iterator[Node]:
+        """Yield what looks at the real runs of a cell, the first of repeated ones."""
+        for stage in self.study.stages:
+            if stage.kind not in ON_INFER or not self._has(stage, cell):
+                continue
+            for run in self.study.stages:
+                if isinstance(run.parameters, InferStage) and self._has(run, cell):
+                    real = self._infer(run, run.parameters, cell, heads or self._heads(cell), ranked, 0)
+                    if real is not None:
+                        yield self._look_at(stage, cell, real, captured, ranked)
+
+    def _look_at(self, stage: Stage, cell: Cell, real: Node, captured: Node | None, ranked: Node | None) -> Node:
+        """Return what one stage makes of one real run, with as much of what came before as it uses."""
+        inputs, work, texts = {"infer": real}, dataclasses.asdict(stage.parameters), tuple[str, ...]()
+        if stage.kind == "compare":
+            named = {choice.label: choice.text for choice in self.study.policies}
+            work["baseline"] = named.get(work["baseline"], work["baseline"])
+        if stage.kind == "cliffs":
+            inputs |= _heads_of(real) | ({} if captured is None else {"capture": captured})
+            work |= {key: real.work[key] for key in ("model", "dtype")}
+            texts = () if stage.subset.policies is None else self._texts(stage)
+        elif stage.kind == "analyze" and ranked is not None:
+            inputs = {"simulate": ranked, **inputs}
+        return Node(stage, cell, work, inputs, texts)
+
+    def _over_tasks(self, stage: Stage) -> Iterator[Node]:
+        """Yield one node per length and mode on the captures of all tasks: kinds of prompts against each other."""
+        capture = self.study.stage("capture")
+        if capture is None:
             return
-        settings = stage.parameters
-        assert isinstance(settings, AnalyzeStage)
-        for run in self.study.stages:
-            if isinstance(run.parameters, InferStage) and self._has(run, cell):
-                real = self._infer(run, run.parameters, cell, heads or self._heads(cell), ranked, 0)
-                inputs = {} if ranked is None else {"simulate": ranked}
-                if real is not None:
-                    yield Node(stage, cell, {"draws": settings.draws, "seed": settings.seed}, {**inputs, "infer": real})
+        assert isinstance(capture.parameters, CaptureStage)
+        places: dict[Cell, list[Cell]] = {}
+        for cell in self._cells():
+            if self._has(capture, cell) and self._has(stage, cell):
+                places.setdefault(Cell(self.model, None, cell.length, cell.compress_at), []).append(cell)
+        texts = self._texts(stage)
+        for place, cells in places.items():
+            inputs = {"capture": self._capture(capture, capture.parameters, cells[0])}
+            inputs |= {f"capture{i}": self._capture(capture, capture.parameters, cell) for i, cell in enumerate(cells[1:], 2)}
+            heads = self._with_heads(texts, self._heads(cells[0]))
+            yield Node(stage, place, dataclasses.asdict(stage.parameters), inputs | heads, texts)
 
     def _texts(self, stage: Stage) -> tuple[str, ...]:
         return tuple(text for choice in chosen(self.study, stage) for text in at_retentions(self.study, stage, choice))
@@ -351,44 +386,6 @@ def wants_heads(text: str) -> bool:
     from kvtool.policies import parse_policy
 
     return parse_policy(text).method.wants_heads
-
-
-def has_own_lengths(task: str) -> bool:
-    """Return whether a task's prompts are as long as they are, whatever length is asked for."""
-    return task.startswith("file:")
-
-
-def is_fixed(task: str) -> bool:
-    """Return whether a task has a fixed set of samples, from which a seed draws; others make as many as they are asked for."""
-    from kvtool.data.subsets import ENDLESS
-
-    return task.partition(":")[0] not in ENDLESS
-
-
-def task_files(task: str) -> dict[str, str]:
-    """Return the files that a task's spec names, by the hash of their content; one that is missing by its name alone."""
-    name, _, rest = task.partition(":")
-    paths = [rest] if name == "file" else [item.partition("=")[2] for item in rest.split(",")]
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in paths if path and Path(path).is_file()}
-
-
-@lru_cache(maxsize=64)
-def model_content(name: str) -> str | None:
-    """Return a hash of a local model's configuration and of samples of its weights; None for a hub id, a shape or nothing."""
-    from kvtool.models import EMBEDDED, embedded_folder
-
-    folder = embedded_folder() if name == EMBEDDED else Path(name)
-    if not (folder / "config.json").is_file():
-        return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
-        size = file.stat().st_size
-        digest.update(json.dumps([file.name, size]).encode())
-        with file.open("rb") as weights:
-            for index in range(BLOCKS):
-                weights.seek(index * max(0, size - BLOCK) // max(1, BLOCKS - 1))
-                digest.update(weights.read(BLOCK))
-    return digest.hexdigest()[:16]
 
 
 class ImpossibleCell(KvtoolError):

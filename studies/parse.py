@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from kvtool.errors import ConfigError, DataError, near_matches
 from kvtool.studies.located import Located, build, check_keys, convert, merge, parse_yaml, read_yaml
 from kvtool.studies.schema import SCALES, Choice, Direction, Stage, Study, Subset
-from kvtool.studies.stages import KINDS, ON_CAPTURE, WITH_POLICIES
+from kvtool.studies.stages import KINDS, ON_CAPTURE, ON_INFER, WITH_POLICIES
 
 Item = TypeVar("Item")
 
@@ -23,9 +23,10 @@ KEYS = (
 #: A name becomes a part of folder names.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 #: What a stage needs to be there too.
-NEEDS = {"classify": "capture", "simulate": "capture", "refine": "simulate", "analyze": "infer"} | dict.fromkeys(
-    ON_CAPTURE, "capture"
-)
+NEEDS = {"classify": "capture", "simulate": "capture", "refine": "simulate", "hiv": "capture"} | {
+    **dict.fromkeys(ON_CAPTURE, "capture"),
+    **dict.fromkeys(ON_INFER, "infer"),
+}
 SHIPPED = Path(__file__).parent.parent / "experiments"
 
 
@@ -346,6 +347,8 @@ def _check_whole(study: Study, stages: Located) -> None:
             raise stages.error(f"stage {stage.name!r} needs 'lengths'")
         if stage.kind in WITH_POLICIES and not study.policies:
             raise stages.error(f"stage {stage.name!r} needs 'policies'")
+        if stage.kind == "consistency" and not any(getattr(s.parameters, "generate", False) for s in study.stages):
+            raise stages.error(f"stage {stage.name!r} compares texts, which 'infer' with generate: false does not make")
         if getattr(stage.parameters, "take", "") == "shortlist" and study.stage("simulate") is None:
             raise stages.error(f"stage {stage.name!r} takes the shortlist, which a stage 'simulate' makes")
 

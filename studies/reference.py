@@ -16,6 +16,8 @@ from kvtool.errors import DataError, near_matches
 from kvtool.studies.results import METRICS, ResultRow, Value
 from kvtool.studies.schema import Direction, Study
 
+#: Pairs of a finding whose figures are said one by one.
+MOST_SAID = 4
 COLUMNS = ("label", "metric", "text", "value", "note")
 
 
@@ -57,14 +59,17 @@ class Finding:
         ``"agrees"``, ``"differs"``, each also with ``" (no intervals)"``; ``"not clear"`` (within intervals, or split over cells);
         ``"not measured"``.
     count : tuple of int
-        Pairs that agree clearly, agree, differ clearly, all.
+        Pairs that agree clearly, agree, differ clearly, all, and of these those that are equal: at the floor or the ceiling nothing shows.
+    difference : Value or None
+        The better way above 0, on the same prompts; of several pairs the mean, without interval; None without figures per prompt.
     """
 
     direction: Direction
     theirs: tuple[float, float] | None
     ours: tuple[tuple[ResultRow, ResultRow], ...]
     verdict: str
-    count: tuple[int, int, int, int]
+    count: tuple[int, int, int, int, int]
+    difference: Value | None = None
 
 
 def read_reference(path: str | Path) -> tuple[list[Reference], list[str]]:
@@ -106,7 +111,9 @@ def read_reference(path: str | Path) -> tuple[list[Reference], list[str]]:
 
 def findings(study: Study, rows: Sequence[ResultRow], reference: Sequence[Reference]) -> list[Finding]:
     """Judge the study's directions by what was measured."""
-    return [_finding(direction, rows, reference) for direction in study.directions]
+    # Retentions that were added where one curve falls are no part of the comparison.
+    added = {stage.name for stage in study.stages if stage.kind == "cliffs"}
+    return [_finding(direction, [row for row in rows if row.stage not in added], reference) for direction in study.directions]
 
 
 def _finding(direction: Direction, rows: Sequence[ResultRow], reference: Sequence[Reference]) -> Finding:
@@ -117,20 +124,28 @@ def _finding(direction: Direction, rows: Sequence[ResultRow], reference: Sequenc
         if _place(better) == _place(worse) and _budgets_match(better, worse)
     )
     judged = [_judge(direction.metric, better, worse) for better, worse in pairs]
-    count = (judged.count(2), sum(j > 0 for j in judged), judged.count(-2), len(judged))
-    return Finding(direction, _theirs(direction, reference), pairs, _verdict(count, pairs, direction.metric), count)
+    count = (judged.count(2), sum(j > 0 for j in judged), judged.count(-2), len(judged), judged.count(0))
+    verdict = _verdict(count, pairs, direction.metric)
+    return Finding(direction, _theirs(direction, reference), pairs, verdict, count, _mean_difference(direction.metric, pairs))
 
 
-def _verdict(count: tuple[int, int, int, int], pairs: Sequence[tuple[ResultRow, ResultRow]], metric: str) -> str:
-    """Say what the pairs come to: clear ones decide; where no figure has an interval, all pairs must point the same way."""
-    clear, right, wrong, n = count
+def _mean_difference(metric: str, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> Value | None:
+    found = [value for pair in pairs if (value := _difference(metric, *pair)) is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return Value(sum(value.mean for value in found) / len(found))
+
+
+def _verdict(count: tuple[int, int, int, int, int], pairs: Sequence[tuple[ResultRow, ResultRow]], metric: str) -> str:
+    """Say what the pairs that differ come to: clear ones decide; where no figure has an interval, all must point the same way."""
+    clear, right, wrong, n, equal = count
     if not n:
         return "not measured"
     if not any(row.values[metric].low is not None for pair in pairs for row in pair):
         return "agrees (no intervals)" if right == n else "differs (no intervals)" if not right else "not clear"
-    if clear and not wrong and right > n / 2:
+    if clear and not wrong and right > (n - equal) / 2:
         return "agrees"
-    return "differs" if wrong and not clear and right < n / 2 else "not clear"
+    return "differs" if wrong and not clear and right < (n - equal) / 2 else "not clear"
 
 
 def _of(rows: Sequence[ResultRow], label: str, direction: Direction) -> list[ResultRow]:
@@ -156,8 +171,13 @@ def _budgets_match(first: ResultRow, second: ResultRow) -> bool:
 def _judge(metric: str, better: ResultRow, worse: ResultRow) -> int:
     """Return 2 if `better` is better by more than the intervals, 1 if it is better, -1 and -2 for the contrary, 0 for equal.
 
-    Scores, accuracies and perplexities are paired: their intervals are of the change from the full cache on the same samples.
+    Scores and accuracies are compared prompt by prompt, with a bootstrap interval of the difference; perplexities by their ratios to
+    the full cache on the same tokens.
     """
+    own = _difference(metric, better, worse)
+    if own is not None and own.low is not None and own.high is not None:
+        size = 2 if own.low > 0 or own.high < 0 else 1
+        return 0 if own.mean == 0 else size if own.mean > 0 else -size
     paired = PAIRED.get(metric, metric)
     sign = 1.0 if METRICS[metric].more is not False else -1.0
     a, b = (row.values.get(paired, row.values[metric]) for row in (better, worse))
@@ -166,6 +186,44 @@ def _judge(metric: str, better: ResultRow, worse: ResultRow) -> int:
         return 0
     size = 2 if abs(difference) > _half(a) + _half(b) and (_half(a) or _half(b)) else 1
     return size if difference > 0 else -size
+
+
+def _difference(metric: str, better: ResultRow, worse: ResultRow) -> Value | None:
+    """Return how much better `better` is on the prompts that both have; None without figures per prompt."""
+    import numpy as np
+
+    from kvtool.analysis.statistics import paired_interval
+
+    a, b = (row.samples.get(metric, {}) for row in (better, worse))
+    if not (shared := [sample for sample in a if sample in b]):
+        return None
+    first, second = (np.asarray([values[sample] for sample in shared], dtype=np.float64) for values in (a, b))
+    sign = 1.0 if METRICS[metric].more is not False else -1.0
+    found = paired_interval(sign * first, sign * second)
+    return Value(found.mean, found.low, found.high)
+
+
+def sentence(item: Finding) -> str:
+    """Return a finding in words, with the figures that were measured here."""
+    direction, (_, right, _, n, equal) = item.direction, item.count
+    if not n:
+        return f"Not measured here: {direction.say}."
+    opening = {"agrees": "Holds here", "differs": "Does not hold here"}.get(item.verdict.split(" ")[0], "Not clear here")
+    name, digits = METRICS[direction.metric].title, METRICS[direction.metric].digits
+    if 1 < n <= MOST_SAID:
+        both = [[f"{row.values[direction.metric].mean:.{digits}f}" for row in pair] for pair in item.ours]
+        figures = "; ".join(f"{better} with {direction.better}, {worse} with {direction.worse}" for better, worse in both)
+        return f"{opening}: {direction.say} ({name} {figures})."
+    if n > 1:
+        same = f", equal in {equal}" if equal else ""
+        by = "" if item.difference is None else f"; {item.difference.mean:+.2f} on average"
+        return f"{opening}: {direction.say} ({name}; {direction.better} is better in {right} of {n} pairs of rows{same}{by})."
+    better, worse = (row.values[direction.metric].mean for row in item.ours[0])
+    text = f"{opening}: {direction.say} ({name} {better:.{digits}f} with {direction.better}, {worse:.{digits}f} with {direction.worse}"
+    if item.difference is not None and item.difference.low is not None and item.difference.high is not None:
+        low, high = item.difference.low, item.difference.high
+        text += f"; better by {item.difference.mean:+.{digits}f}, {low:+.{digits}f} to {high:+.{digits}f} on the same prompts"
+    return text + ("; one measurement each, without intervals)." if item.verdict.endswith("(no intervals)") else ").")
 
 
 def _half(value: Value) -> float:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.files import read_records
+from kvtool.studies.extras import extra_tables
 from kvtool.studies.graph import Node, labels
-from kvtool.studies.results import ResultRow, collect, to_records, without_heads
+from kvtool.studies.naming import named_as, without_heads
+from kvtool.studies.results import ResultRow, collect, to_records
 from kvtool.studies.runner import STUDY, NodeRow, open_folder, study_status
 from kvtool.studies.schema import Study
 from kvtool.studies.state import REPORT, STRESS, folder_of
@@ -41,7 +43,9 @@ class Look:
 
         named = {}
         for text in dict.fromkeys(record["policy"] for record in records):
-            found = self._named.get(without_heads(text, node))
+            own = without_heads(text, node)
+            # What was added where a curve falls goes by the name of its method.
+            found = self._named.get(own) or named_as(own, self._named)
             if found:
                 named[text] = (found[0].label, found[0].group)
         cell = node.cell
@@ -97,7 +101,7 @@ def make_report(
             }
             for r in state
         ],
-        tables=_own_tables(study, rows),
+        tables=[*_own_tables(study, rows), *extra_tables(nodes, folder)],
         folders=_folders(nodes, folder, out),
         provenance=_provenance(study, nodes, folder),
     )
@@ -105,9 +109,13 @@ def make_report(
 
 
 def _predicted(node: Node, nodes: Sequence[Node], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return policy text -> row of the last simulation of the same cell: refined, where there is one."""
+    """Return policy text -> row of the last simulation of the same cell: refined, where there is one, and of what was added to it."""
+    from kvtool.studies.work_cliffs import refined_rows
+
     same = [n for n in nodes if n.stage.kind in ("simulate", "refine") and n.cell == node.cell]
-    return {row["policy"]: row for row in read_records(folder_of(folder, same[-1]) / "ranking.jsonl")} if same else {}
+    added = [n for n in nodes if n.stage.kind == "cliffs" and n.inputs["infer"].key == node.key]
+    finer = {text: row for n in added for text, row in refined_rows(folder_of(folder, n)).items()}
+    return finer | ({row["policy"]: row for row in read_records(folder_of(folder, same[-1]) / "ranking.jsonl")} if same else {})
 
 
 def _own_tables(study: Study, rows: Sequence[ResultRow]) -> list[tuple[str, list[str], list[list[str]]]]:

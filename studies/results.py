@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.executors.records import read_units
 from kvtool.files import read_records
 from kvtool.studies.graph import Node, labels
+from kvtool.studies.naming import budget_text, named_as, of_method, without_heads
 from kvtool.studies.schema import Choice, Study
-from kvtool.studies.state import HEADS, STRESS, folder_of
+from kvtool.studies.state import STRESS, folder_of
 
 if TYPE_CHECKING:
     from kvtool.analysis.statistics import Interval as Bounds
@@ -103,6 +103,8 @@ class ResultRow:
     note : str
     values : dict of str to Value
         By key of `METRICS`.
+    samples : dict of str to dict of str to float
+        ``score`` and ``accuracy`` of each prompt by its id, for paired comparisons; empty where there are none.
     """
 
     stage: str
@@ -119,6 +121,7 @@ class ResultRow:
     n: int
     note: str
     values: dict[str, Value]
+    samples: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def collect(study: Study, nodes: Sequence[Node], out: Path, look: Look | None = None) -> list[ResultRow]:
@@ -130,7 +133,12 @@ def collect(study: Study, nodes: Sequence[Node], out: Path, look: Look | None = 
     for node in nodes:
         if node.stage.kind == "infer" and node.work["repeat"] == 0:
             again = [n for n in nodes if n.stage.kind == "infer" and n.stage.name == node.stage.name and n.cell == node.cell]
-            rows += _infer_rows(node, [folder_of(out, n) for n in again], named, look)
+            finer = [folder_of(out, n) for n in nodes if n.stage.kind == "cliffs" and n.inputs["infer"].key == node.key]
+            rows += _infer_rows(node, [folder_of(out, n) for n in again], named, finer, look)
+        elif node.stage.kind == "cliffs":
+            rows += _refined_rows(node, folder_of(out, node), named)
+        elif node.stage.kind == "no_cache":
+            rows += _no_cache_rows(node, folder_of(out, node))
         elif node.stage.kind == "perplexity":
             rows += _perplexity_rows(node, folder_of(out, node), named)
         elif node.stage.kind == "stress":
@@ -139,26 +147,31 @@ def collect(study: Study, nodes: Sequence[Node], out: Path, look: Look | None = 
 
 
 def _infer_rows(
-    node: Node, folders: Sequence[Path], named: Mapping[str, list[Choice]], look: Look | None = None
+    node: Node,
+    folders: Sequence[Path],
+    named: Mapping[str, list[Choice]],
+    finer: Sequence[Path] = (),
+    look: Look | None = None,
 ) -> list[ResultRow]:
-    """Scores are of the first run, times the median of all runs' medians, with the smallest and the largest."""
+    """Scores are of the first run, times the median of all runs' medians, with the smallest and the largest.
+
+    `finer`: folders with retentions that were added on the same prompts; `look` is shown those of methods with one name.
+    """
     from kvtool.infer.summary import summarize
+    from kvtool.studies.work_cliffs import refined_records
 
     runs = []
     for number, folder in enumerate(folders):
         records = read_units(folder)
         runs.append({row.policy: row for row in summarize(records)})
-        if look is not None and number == 0:
-            look(node, records)
+        if number == 0:
+            each = _by_sample(records)
+            more = [r for path in finer for r in refined_records(path)] if look is not None else []
+            if look is not None:
+                look(node, records + [r for r in more if len(of_method(without_heads(r["policy"], node), named)) == 1])
     rows = []
     for text, row in runs[0].items():
-        policy = without_heads(text, node)
-        values = {
-            key: _of_interval(getattr(row, key)) for key in ("score", "score_change", "accuracy", "accuracy_change", "nll")
-        }
-        values |= {"kept": _plain("kept", row.retention), "kv_mb": _plain("kv_mb", row.kv_bytes)}
-        if row.score.mean is not None and row.retention:
-            values["efficiency"] = Value(row.score.mean / row.retention)
+        policy, values = without_heads(text, node), _measured(row)
         same = [run[text] for run in runs if text in run]
         for key, name in (
             ("ttft_s", "ttft_s"),
@@ -167,9 +180,53 @@ def _infer_rows(
             ("compress_s", "compress_s"),
             ("speedup", "speedup"),
         ):
-            values[key] = _spread(key, [getattr(each, name) for each in same])
-        rows.append(_row(node, policy, row.budget, row.n, _note(row), values, named))
+            values[key] = _spread(key, [getattr(one, name) for one in same])
+        made = _row(node, policy, row.budget, row.n, _note(row), values, named)
+        rows.append(replace(made, samples=each.get(text, {})))
     return rows
+
+
+def _measured(row: PolicyRow) -> dict[str, Value | None]:
+    """Return a policy's scores and sizes."""
+    values = {key: _of_interval(getattr(row, key)) for key in ("score", "score_change", "accuracy", "accuracy_change", "nll")}
+    values |= {"kept": _plain("kept", row.retention), "kv_mb": _plain("kv_mb", row.kv_bytes)}
+    if row.score.mean is not None and row.retention:
+        values["efficiency"] = Value(row.score.mean / row.retention)
+    return values
+
+
+def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Policy -> metric -> prompt -> value."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        for key, name in (("score", "score"), ("accuracy", "answer_accuracy")):
+            if record.get(name) is not None:
+                found.setdefault(record["policy"], {}).setdefault(key, {})[record["sample"]] = float(record[name])
+    return found
+
+
+def _refined_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]) -> list[ResultRow]:
+    """Rows of the retentions that were added where curves fall; times are left out, as those of the grid were taken earlier."""
+    from kvtool.infer.summary import summarize
+    from kvtool.studies.work_cliffs import refined_records
+
+    rows = []
+    for path in sorted(folder.glob("round-*")):
+        mine = {record["policy"] for record in refined_records(folder)}
+        for row in summarize(read_units(path)):
+            if row.policy in mine:
+                policy = without_heads(row.policy, node)
+                own = {policy: named_as(policy, named)}
+                rows.append(_row(node, policy, row.budget, row.n, _note(row), _measured(row), own))
+    return rows
+
+
+def _no_cache_rows(node: Node, folder: Path) -> list[ResultRow]:
+    """Rows without a cache: no policy, and nothing kept."""
+    from kvtool.infer.nocache import NAME, read_no_cache
+
+    named = {NAME: [Choice(NAME, NAME)]}
+    return [_point_row(node, row, named) for row in read_no_cache(folder)]
 
 
 def _row(
@@ -217,7 +274,7 @@ def _perplexity_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]
         notes = [] if row.status == "ok" else [row.status]
         notes += ["never evicts" if row.drops_nothing and row.method != "full" else "", "degenerate" if row.degenerate else ""]
         policy = without_heads(row.policy, node)
-        rows.append(_row(node, policy, _budget(row.policy), row.n_tokens, ", ".join(filter(None, notes)), values, named))
+        rows.append(_row(node, policy, budget_text(row.policy), row.n_tokens, ", ".join(filter(None, notes)), values, named))
     return rows
 
 
@@ -242,12 +299,27 @@ def _point_row(node: Node, row: PointRow, named: Mapping[str, list[Choice]]) -> 
         "attention_ms": _plain("attention_ms", row.attention_s),
         "compress_s": _plain("compress_s", row.compress_s),
         "speedup": _plain("speedup", row.speedup),
+        "total_s": _plain("total_s", _total_s(row, int(node.work["n_new"]))),
     }
     notes = [row.status] if row.status != "ok" else []
     notes += ["degenerate"] if row.degenerate else []
     notes += ["beyond the model's context"] if row.beyond_context else []
-    made = _row(node, without_heads(row.policy, node), _budget(row.policy), row.n, ", ".join(notes), values, named)
+    made = _row(node, *_named_point(row.policy, node), row.n, ", ".join(notes), values, named)
     return replace(made, series=row.series, length=row.length, batch=row.batch)
+
+
+def _named_point(policy: str, node: Node) -> tuple[str, str | None]:
+    """A policy as the study names it, and its budget; what is no policy has none."""
+    from kvtool.infer.nocache import NAME
+
+    return (policy, None) if policy == NAME else (without_heads(policy, node), budget_text(policy))
+
+
+def _total_s(row: PointRow, n_new: int) -> float | None:
+    """Seconds from the prompt to the last of the timed tokens, of every sequence of the batch together."""
+    if row.ttft_s is None or not row.tokens_per_s:
+        return None
+    return row.ttft_s[1] + n_new * row.batch / row.tokens_per_s
 
 
 def _endless_row(node: Node, row: EndlessRow, named: Mapping[str, list[Choice]]) -> ResultRow:
@@ -260,33 +332,8 @@ def _endless_row(node: Node, row: EndlessRow, named: Mapping[str, list[Choice]])
     notes += [row.status] if row.status != "ok" else []
     notes += ["cache steady"] if row.kv_bytes_low is not None and row.kv_bytes_low == row.kv_bytes_high else []
     notes += ["beyond the model's context"] if row.beyond_context else []
-    made = _row(node, without_heads(row.policy, node), _budget(row.policy), row.tokens, ", ".join(notes), values, named)
+    made = _row(node, without_heads(row.policy, node), budget_text(row.policy), row.tokens, ", ".join(notes), values, named)
     return replace(made, series="endless", task=row.source, length=node.work["length"], batch=1)
-
-
-def without_heads(text: str, node: Node) -> str:
-    """Return a policy's text form as the study names it: without the heads file that its node was given, wherever that lay."""
-    given = node.inputs.get("heads")
-    return _without_heads(text, given.name if given else "")
-
-
-@lru_cache(maxsize=65536)
-def _without_heads(text: str, name: str) -> str:
-    """Of a heads file in a folder `name`; a study asks for the same few texts once per cell and table."""
-    from kvtool.policies import parse_policy
-
-    policy = parse_policy(text)
-    path = Path(getattr(policy.method, "heads", ""))
-    if not name or path.parts[-2:] != (name, HEADS):
-        return str(policy)
-    return str(replace(policy, method=replace(policy.method, heads="")))  # type: ignore[call-arg]
-
-
-def _budget(text: str) -> str | None:
-    from kvtool.policies import parse_policy
-
-    budget = parse_policy(text).budget
-    return None if budget is None else str(budget)
 
 
 def _note(row: PolicyRow) -> str:

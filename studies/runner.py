@@ -16,7 +16,7 @@ from kvtool.executors.execution import LOCAL, Execution
 from kvtool.files import read_records, write_json, write_text
 from kvtool.progress import say
 from kvtool.studies.estimate import beyond_context
-from kvtool.studies.graph import ImpossibleCell, Node, build_graph
+from kvtool.studies.graph import ImpossibleCell, Node, build_graph, labels
 from kvtool.studies.schema import Study
 from kvtool.studies.state import BAD, STATES, Mark, begin, fail, finish, folder_of, mark_of, unable
 from kvtool.studies.work import LOCAL_ONLY, Bench, Models, Outcome, run_node
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 STUDY_SCHEMA = "kvtool.study/1"
 STUDY, SOURCE, SESSIONS = "study.json", "study.yaml", "sessions.jsonl"
 #: Stages that take care themselves of several processes in one folder.
-SHARED = ("capture", "infer", "perplexity")
+SHARED = ("capture", "infer", "perplexity", "cliffs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def run_study(
     began, out = time.monotonic(), out.absolute()
     nodes = build_graph(study, dtype)
     keep_source(study, source, out, dtype)
-    bench = Bench(out, Models(device, device_map), execution)
+    bench = Bench(out, Models(device, device_map), execution, labels(study))
     marks: dict[str, Mark] = {}
     tried: set[str] = set()
     while True:
@@ -216,6 +216,7 @@ def _timed(node: Node, bench: Bench, resumed: bool) -> Mark:
 
 
 def _summary(study: Study, nodes: Sequence[Node], marks: dict[str, Mark], out: Path, seconds: float) -> StudySummary:
+    from kvtool.studies.extras import extra_tables
     from kvtool.studies.report import Look
     from kvtool.studies.results import collect
     from kvtool.studies.tables import results_text, write_results
@@ -224,9 +225,10 @@ def _summary(study: Study, nodes: Sequence[Node], marks: dict[str, Mark], out: P
     done = [node for node in nodes if marks[node.key].state == "done"]
     look = Look(study)
     results = collect(study, done, out, look)
-    write_results(study, results, rows, out)
+    extra = extra_tables(done, out)
+    write_results(study, results, rows, out, extra)
     report = _report(study, done, results, look, rows, out) if results else ""
-    return StudySummary(out, study.name, study.scale, rows, results_text(study, results), seconds, report)
+    return StudySummary(out, study.name, study.scale, rows, results_text(study, results, extra), seconds, report)
 
 
 def _report(

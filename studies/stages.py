@@ -146,6 +146,42 @@ class ImportanceStage:
 
 
 @dataclass(frozen=True, slots=True)
+class GapsStage:
+    """How far each policy is from the oracle, and why; see `kvtool.simulate.gap_runner`.
+
+    Attributes
+    ----------
+    shapes : bool
+        Also the best budgets of every shape.
+    draws, seed : int
+    """
+
+    shapes: bool = False
+    draws: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HivStage:
+    """Head importance before and after compression, and whether the tasks of one length favour other heads; see ``kvtool analyze hiv``.
+
+    Attributes
+    ----------
+    ablate : bool
+        Also cut every KV head under every policy.
+    sink, window : int
+        Entries at the prompt's two ends, attention to which does not count.
+    draws, seed : int
+    """
+
+    ablate: bool = False
+    sink: int = 4
+    window: int = 32
+    draws: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class InferStage:
     """Real runs; see `kvtool.infer.runner.InferConfig`.
 
@@ -184,6 +220,62 @@ class InferStage:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ConfigError(f"infer: repeats={self.repeats} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class CliffsStage:
+    """Retentions between those of the grid where a curve falls, run for real on the same prompts; see `kvtool.analysis.cliffs`.
+
+    Attributes
+    ----------
+    points : int
+        Per fall and round, evenly on a logarithmic scale.
+    rounds : int
+        Each one looks again between the closest two.
+    """
+
+    points: int = 3
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("points", "rounds"):
+            if not 1 <= getattr(self, name) <= 16:
+                raise ConfigError(f"cliffs: {name}={getattr(self, name)} must be 1 to 16")
+
+
+@dataclass(frozen=True, slots=True)
+class CompareStage:
+    """Policies against a baseline and each other, paired on the same samples, with tests; see ``kvtool analyze compare``.
+
+    Attributes
+    ----------
+    baseline : str
+        Label, or text form.
+    draws, seed : int
+    """
+
+    baseline: str = "full"
+    draws: int = 9999
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConsistencyStage:
+    """Whether answers are the full cache's, and a sheet for human review; see ``kvtool analyze consistency``.
+
+    Attributes
+    ----------
+    right_from : float
+        Score from which on an answer is right.
+    review : int
+        Most answers on the sheet.
+    draws, seed : int
+    """
+
+    right_from: float = 0.5
+    review: int = 300
+    draws: int = 9999
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +338,33 @@ class StressStage:
 
 
 @dataclass(frozen=True, slots=True)
+class NoCacheStage:
+    """The row without a cache: every token costs a whole prompt; see `kvtool.infer.nocache`.
+
+    Attributes
+    ----------
+    length : int
+        Where the series begins.
+    max_length : int
+        Where doubling ends.
+    n_new, repeats, seed : int
+    """
+
+    length: int = 512
+    max_length: int = 512
+    n_new: int = 4
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("length", "n_new", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"no_cache: {name}={getattr(self, name)} must be at least 1")
+        if self.max_length < self.length:
+            raise ConfigError(f"no_cache: max_length={self.max_length} is below length={self.length}")
+
+
+@dataclass(frozen=True, slots=True)
 class AnalyzeStage:
     """Tables, figures and report of each cell that has real runs.
 
@@ -267,9 +386,15 @@ Parameters = (
     | SearchStage
     | CompensationStage
     | ImportanceStage
+    | GapsStage
+    | HivStage
     | InferStage
+    | CliffsStage
+    | CompareStage
+    | ConsistencyStage
     | PerplexityStage
     | StressStage
+    | NoCacheStage
     | AnalyzeStage
 )
 
@@ -279,16 +404,23 @@ KINDS: dict[str, type[Parameters]] = {
     "classify": ClassifyStage,
     "simulate": SimulateStage,
     "refine": RefineStage,
+    "gaps": GapsStage,
     "search": SearchStage,
     "compensation": CompensationStage,
     "importance": ImportanceStage,
+    "hiv": HivStage,
     "infer": InferStage,
+    "cliffs": CliffsStage,
+    "compare": CompareStage,
+    "consistency": ConsistencyStage,
     "perplexity": PerplexityStage,
     "stress": StressStage,
+    "no_cache": NoCacheStage,
     "analyze": AnalyzeStage,
 }
 
 
-#: Stages that ask a capture further questions, and those that take policies.
-ON_CAPTURE = ("search", "compensation", "importance")
-WITH_POLICIES = ("simulate", "compensation", "importance", "infer", "perplexity", "stress")
+#: Stages that ask a capture further questions, those that look at a real run, and those that take policies.
+ON_CAPTURE = ("gaps", "search", "compensation", "importance")
+ON_INFER = ("cliffs", "compare", "consistency", "analyze")
+WITH_POLICIES = ("simulate", "gaps", "compensation", "importance", "hiv", "infer", "perplexity", "stress")

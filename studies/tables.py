@@ -7,12 +7,13 @@ import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtool.files import write_json, write_text
 from kvtool.studies.estimate import Estimate
+from kvtool.studies.extras import CLIFFS, Extra
 from kvtool.studies.graph import Node
-from kvtool.studies.reference import Finding, Reference, findings, read_reference
+from kvtool.studies.reference import Finding, Reference, findings, read_reference, sentence
 from kvtool.studies.results import METRICS, ResultRow, Value, to_records
 from kvtool.studies.schema import Study
 from kvtool.textgrid import grid, markdown_grid
@@ -49,6 +50,7 @@ WITH_INTERVAL = (
     "next_token_accuracy",
 )
 PERCENT = "%"
+TITLES = {"cliffs": "Retentions that were added where curves fall", "no_cache": "No KV cache: every token costs a whole prompt"}
 MISSING = "not measured"
 
 
@@ -117,48 +119,62 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def results_text(study: Study, rows: Sequence[ResultRow]) -> str:
+def results_text(study: Study, rows: Sequence[ResultRow], extra: Sequence[Extra] = ()) -> str:
     """Return the result tables for the terminal: of the study's own numbers, those that something here stands beside."""
-    return "\n\n".join(f"{title}\n{text}" for title, text in sections(study, rows, grid, brief=True))
+    brief = [each for each in extra if each[0] == CLIFFS]
+    parts = [*sections(study, rows, grid, brief=True), *((title, grid(header, lines)) for title, header, lines in brief)]
+    said = sentences(study, rows)
+    left = [title for title, _, _ in extra if title != CLIFFS]
+    said += [f"more in {SUMMARY}: {'; '.join(left)}"] if left else []
+    return "\n\n".join([*(f"{title}\n{text}" for title, text in parts), *(["\n".join(said)] if said else [])])
+
+
+def sentences(study: Study, rows: Sequence[ResultRow]) -> list[str]:
+    """Return what becomes of the study's findings here, each in words with its figures."""
+    reference, _ = read_reference(study.reference) if study.reference else ([], [])
+    return [sentence(item) for item in findings(study, rows, reference)]
 
 
 def sections(study: Study, rows: Sequence[ResultRow], lay: Lay, brief: bool = False) -> list[tuple[str, str]]:
     """Return title and table of each part, as far as there is something in it."""
     found: list[tuple[str, str]] = []
-    infer = [row for row in rows if not row.series and row.stage not in _perplexity_stages(study)]
+    apart = {stage.name for stage in study.stages if stage.kind in ("perplexity", "cliffs", "no_cache")}
+    infer = [row for row in rows if not row.series and row.stage not in apart]
     for stage, model, mode in dict.fromkeys((row.stage, row.model, row.compress_at) for row in infer):
         part = [row for row in infer if (row.stage, row.model, row.compress_at) == (stage, model, mode)]
         found += _pivots(f"{stage}, {model}, compressed at the {mode}", part, lay)
-    for stage in dict.fromkeys(row.stage for row in rows if row not in infer):
+    hidden = {stage.name for stage in study.stages if stage.kind == "cliffs"} if brief else set()
+    known = {id(row) for row in infer}
+    for stage in dict.fromkeys(row.stage for row in rows if id(row) not in known and row.stage not in hidden):
         part = [row for row in rows if row.stage == stage]
         for series in dict.fromkeys(row.series for row in part):
-            title = stage + (f", {series}" if series else "")
+            title = TITLES.get(stage, stage) + (f", {series}" if series else "")
             found.append((title, long_table([row for row in part if row.series == series], lay)))
     return found + _beside(study, rows, lay, brief)
-
-
-def _perplexity_stages(study: Study) -> set[str]:
-    return {stage.name for stage in study.stages if stage.kind == "perplexity"}
 
 
 def _pivots(title: str, rows: Sequence[ResultRow], lay: Lay) -> list[tuple[str, str]]:
     """Policies at retentions as a grid of scores; those with their own number of entries as a list."""
     shares = [row for row in rows if row.budget is not None and row.budget.endswith(PERCENT)]
+    known = {id(row) for row in shares}
     metric = "score" if any("score" in row.values for row in rows) else "accuracy"
     found = []
     columns = sorted({row.budget for row in shares if row.budget}, key=lambda text: float(text.rstrip(PERCENT)))
     if len(columns) > 1:
-        places = dict.fromkeys((row.task, row.length, row.choice) for row in rows if row in shares or row.policy == "full")
-        order = sorted(places, key=lambda place: (str(place[0]), place[1] or 0))
+        places: dict[tuple[Any, ...], dict[str | None, ResultRow]] = {}
+        for row in rows:
+            places.setdefault((row.task, row.length, row.choice), {})[row.budget] = row
+        wanted = {(row.task, row.length, row.choice) for row in rows if id(row) in known or row.policy == "full"}
+        order = sorted((place for place in places if place in wanted), key=lambda place: (str(place[0]), place[1] or 0))
         lines = []
         for task, length, choice in order:
-            mine = {row.budget: row for row in rows if (row.task, row.length, row.choice) == (task, length, choice)}
+            mine = places[task, length, choice]
             whole = mine.get(None)
             cells = [_cell(mine.get(column, whole), metric) for column in columns]
             lines.append([choice.label, str(task), _number(length), *cells])
         header = ["policy", "task", "length", *columns]
         found.append((f"{METRICS[metric].title}, {title} (95 % intervals over prompts)", lay(header, lines)))
-        rows = [row for row in rows if row not in shares]
+        rows = [row for row in rows if id(row) not in known]
         if all(row.policy == "full" for row in rows):
             return found
     return [*found, (title, long_table(rows, lay))]
@@ -212,7 +228,7 @@ def _beside(study: Study, rows: Sequence[ResultRow], lay: Lay, brief: bool) -> l
         )
     judged = findings(study, rows, reference)
     if judged:
-        header = ["finding of the study", "metric", "study", "here", "verdict"]
+        header = ["finding of the study", "metric", "study", "here", "better by", "verdict"]
         found.append(("What the study found, here", lay(header, [_finding_cells(item) for item in judged])))
     return found
 
@@ -240,21 +256,27 @@ def _where(row: ResultRow) -> str:
 
 
 def _finding_cells(item: Finding) -> list[str]:
-    direction, (_, right, _, n) = item.direction, item.count
+    direction, (_, right, _, n, equal) = item.direction, item.count
     theirs = "-" if item.theirs is None else f"{item.theirs[0]:g} / {item.theirs[1]:g}"
     ours = "-"
     if n == 1:
         ours = " / ".join(shown(row.values[direction.metric], direction.metric) for row in item.ours[0])
     elif n:
-        ours = f"holds in {right} of {n}"
-    return [direction.say, METRICS[direction.metric].title, theirs, ours, item.verdict]
+        ours = f"holds in {right} of {n}" + (f", equal in {equal}" if equal else "")
+    by = "-" if item.difference is None else shown(item.difference, direction.metric)
+    return [direction.say, METRICS[direction.metric].title, theirs, ours, by, item.verdict]
 
 
-def write_results(study: Study, rows: Sequence[ResultRow], nodes: Sequence[NodeRow], out: Path) -> None:
+def write_results(
+    study: Study, rows: Sequence[ResultRow], nodes: Sequence[NodeRow], out: Path, extra: Sequence[Extra] = ()
+) -> None:
     """Write ``summary.md``, ``results.csv`` and ``status.json``."""
     write_json(out / STATUS, [dataclasses.asdict(node) for node in nodes])
     parts = [f"# {study.name}, scale {study.scale}", study.about] if study.about else [f"# {study.name}, scale {study.scale}"]
+    if said := sentences(study, rows):
+        parts.append("## What the study found, in words\n\n" + "\n".join(f"- {line}" for line in said))
     parts += [f"## {title}\n\n{text}" for title, text in sections(study, rows, markdown_grid)]
+    parts += [f"## {title}\n\n{markdown_grid(header, lines)}" for title, header, lines in extra]
     if study.reference:
         parts.append("Where the study's numbers come from: " + " ".join(read_reference(study.reference)[1]))
     left = [node for node in nodes if node.state != "done"]

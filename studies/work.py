@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import CapacityError, DataError, KvtoolError
 from kvtool.executors.execution import LOCAL, Execution
-from kvtool.studies.graph import ImpossibleCell, Node, is_fixed
+from kvtool.studies.content import is_fixed
+from kvtool.studies.graph import ImpossibleCell, Node
 from kvtool.studies.stages import PerplexityStage
 from kvtool.studies.state import CAPTURE, HEADS, REPORT, STRESS, folder_of
 
 if TYPE_CHECKING:
     from kvtool.data.tasks import Encoded
     from kvtool.models import LoadedModel
+    from kvtool.studies.schema import Choice
 
 #: Stages that measure time where this process runs: not for the driver of a cluster.
-LOCAL_ONLY = ("stress",)
+LOCAL_ONLY = ("stress", "no_cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +119,14 @@ class Bench:
         Absolute.
     models : Models
     execution : Execution
+    named : dict of str to list of Choice
+        See `kvtool.studies.graph.labels`.
     """
 
     out: Path
     models: Models
     execution: Execution = LOCAL
+    named: Mapping[str, list[Choice]] = field(default_factory=dict)
 
     def loaded(self, node: Node) -> LoadedModel:
         """Return the node's model."""
@@ -147,7 +152,7 @@ def run_node(node: Node, bench: Bench) -> Outcome:
     return _RUN[node.stage.kind](node, bench)
 
 
-def _samples(node: Node, loaded: LoadedModel, notes: list[str]) -> list[Encoded]:
+def samples_of(node: Node, loaded: LoadedModel, notes: list[str]) -> list[Encoded]:
     """Build the prompts of a node.
 
     Raises
@@ -163,7 +168,9 @@ def _samples(node: Node, loaded: LoadedModel, notes: list[str]) -> list[Encoded]
     if is_fixed(work["task"]):
         samples = _of_fixed_set(work, loaded, notes)
     else:
-        samples = load_task(work["task"], loaded.tokenizer, work["n"], work["length"] or 1024, work["seed"])
+        samples = load_task(
+            work["task"], loaded.tokenizer, work["n"], work["length"] or 1024, work["seed"], fits=_fits(work, loaded)
+        )
     if (longest := max(sample.n_tokens for sample in samples)) > most:
         raise _too_long(longest, loaded)
     if len(samples) < work["n"]:
@@ -182,12 +189,8 @@ def _of_fixed_set(work: Mapping[str, Any], loaded: LoadedModel, notes: list[str]
     from kvtool.data.subsets import drawn
     from kvtool.data.tasks import load_task
 
-    def fits(encoded: Encoded) -> str | None:
-        most = loaded.info.max_positions
-        return None if encoded.n_tokens <= most else f"{encoded.n_tokens} tokens with the answer, the model's context is {most}"
-
     def load(n: int) -> list[Encoded]:
-        return load_task(work["task"], loaded.tokenizer, n, work["length"] or 1024, work["seed"], fits=fits)
+        return load_task(work["task"], loaded.tokenizer, n, work["length"] or 1024, work["seed"], fits=_fits(work, loaded))
 
     others, n = work.get("beside", 0), work["n"]
     found = drawn(load, work["task"], others + n, work["seed"])
@@ -204,6 +207,19 @@ def _of_fixed_set(work: Mapping[str, Any], loaded: LoadedModel, notes: list[str]
     return found
 
 
+def _fits(work: Mapping[str, Any], loaded: LoadedModel) -> Callable[[Encoded], str | None]:
+    """Return what says that a prompt and its answer are longer than the model's context: the rule of the single commands."""
+    asked, most = work.get("max_new_tokens"), loaded.info.max_positions
+
+    def why(encoded: Encoded) -> str | None:
+        answer = max(asked or encoded.sample.max_new_tokens, min(len(encoded.answer_ids), work.get("answer_tokens") or 64))
+        if len(encoded.prompt_ids) + answer <= most:
+            return None
+        return f"{len(encoded.prompt_ids)} tokens and {answer} of the answer, the model's context is {most}"
+
+    return why
+
+
 def _too_long(n_tokens: int, loaded: LoadedModel) -> ImpossibleCell:
     return ImpossibleCell(
         f"prompts need {n_tokens} tokens with their answers, {loaded.info.model_id} has a context of {loaded.info.max_positions}"
@@ -214,7 +230,7 @@ def _capture(node: Node, bench: Bench) -> Outcome:
     from kvtool.capture.runner import CaptureConfig, run_capture
 
     work, notes, loaded = node.work, list[str](), bench.loaded(node)
-    samples = _samples(node, loaded, notes)
+    samples = samples_of(node, loaded, notes)
     config = CaptureConfig(
         **{key: work[key] for key in ("task", "model", "n", "length", "seed", "compress_at", "answer_tokens", "permute")},
         windows=tuple(work["windows"]),
@@ -222,6 +238,8 @@ def _capture(node: Node, bench: Bench) -> Outcome:
     )
     summary = run_capture(config, loaded, samples, bench.file(node, CAPTURE), bench.execution)
     notes.append(f"{summary.n_samples} prompts, {summary.size_bytes / 1e6:.1f} MB")
+    if more := [str(n) for n in work["windows"] if n not in getattr(node.stage.parameters, "windows", ())]:
+        notes.append(f"windows of {', '.join(more)} added, which stage compensation asks for")
     return Outcome(summary.n_missing, notes)
 
 
@@ -278,7 +296,7 @@ def _infer(node: Node, bench: Bench) -> Outcome:
     from kvtool.studies.reuse import take_over_units
 
     work, notes, loaded = node.work, list[str](), bench.loaded(node)
-    samples = _samples(node, loaded, notes)
+    samples = samples_of(node, loaded, notes)
     if "shortlist" in node.inputs:
         policies = [
             p for p in read_shortlist(bench.file(node.inputs["shortlist"], "shortlist.yaml")) if not p.method.simulate_only
@@ -339,22 +357,21 @@ def _analyze(node: Node, bench: Bench) -> Outcome:
     return Outcome(notes=[f"report: {summary.report}", *summary.warnings[:2]])
 
 
-def _search(node: Node, bench: Bench) -> Outcome:
-    from kvtool.studies.work_capture import search
+def _cliffs(node: Node, bench: Bench) -> Outcome:
+    from kvtool.studies.work_cliffs import refine_cliffs
 
-    return Outcome(notes=search(node, bench))
-
-
-def _compensation(node: Node, bench: Bench) -> Outcome:
-    from kvtool.studies.work_capture import compensation
-
-    return Outcome(notes=compensation(node, bench))
+    return Outcome(*refine_cliffs(node, bench))
 
 
-def _importance(node: Node, bench: Bench) -> Outcome:
-    from kvtool.studies.work_capture import importance
+def _noted(module: str, name: str) -> Callable[[Node, Bench], Outcome]:
+    """Return a stage of another module of this package that leaves notes; the module is loaded when the stage runs."""
 
-    return Outcome(notes=importance(node, bench))
+    def run(node: Node, bench: Bench) -> Outcome:
+        from importlib import import_module
+
+        return Outcome(notes=getattr(import_module(f"kvtool.studies.{module}"), name)(node, bench))
+
+    return run
 
 
 _RUN: dict[str, Callable[[Node, Bench], Outcome]] = {
@@ -362,10 +379,10 @@ _RUN: dict[str, Callable[[Node, Bench], Outcome]] = {
     "classify": _classify,
     "simulate": _simulate,
     "refine": _simulate,
-    "search": _search,
-    "compensation": _compensation,
-    "importance": _importance,
+    **{name: _noted("work_capture", name) for name in ("search", "compensation", "importance")},
+    **{name: _noted("work_looks", name) for name in ("gaps", "hiv", "compare", "consistency", "no_cache")},
     "infer": _infer,
+    "cliffs": _cliffs,
     "perplexity": _perplexity,
     "stress": _stress,
     "analyze": _analyze,

@@ -184,6 +184,6 @@ def test_the_command(tmp_path: Path) -> None:
     scores = read_head_file(heads).head_scores("importance", 4)
     assert {np.unravel_index(scores.argmax(), scores.shape)} == best
     assert scores.min() == 0
-    for name in ("importance.md", "importance.png", "importance.svg", "hiv.csv"):
+    for name in ("importance.md", "importance.png", "importance.svg", "importance.pdf", "hiv.csv"):
         assert (out / name).stat().st_size > 500
     assert run("analyze", "importance", capture, "-p", "snapk", "-o", str(out)).exit_code == 2

@@ -70,7 +70,7 @@ def test_cells_table_and_files(tmp_path: Path) -> None:
     assert rows[3] == ["h2o:budget=2%", "-", "-", "0.25", "-", "12"]
     assert "impossible cells: 3" in found.text()
     files = write_needles(found, tmp_path / "maps")
-    assert {f.name for f in files} == {"niah.csv", "niah.md", "niah.png", "niah.svg"}
+    assert {f.name for f in files} == {"niah.csv", "niah.md", "niah.png", "niah.svg", "niah.pdf"}
     with (tmp_path / "maps" / "niah.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 24

@@ -35,7 +35,8 @@ def record(sample: str, policy: str) -> dict[str, Any]:
     budget, kept, right, _ = POLICIES[policy]
     hit = float(SAMPLES.index(sample) < right)
     return {
-        "sample": sample, "policy": policy, "method": policy.split(":")[0], "budget": budget, "retention": kept, "seq_len": 1000,
+        "sample": sample, "policy": policy, "method": policy.split(":")[0], "budget": budget, "retention": kept,
+        "entries": 1000 * kept, "seq_len": 1000,
         "compress_at": "prompt", "status": "ok", "message": None, "degenerate": False, "metric": "exact", "score": hit,
         "answer_accuracy": 0.2 + 0.8 * hit, "answer_exact": hit, "answer_nll": 2 - hit, "answer_margin": hit,
         "kv_bytes_prompt_end": 1000 * kept + 50,
@@ -104,7 +105,9 @@ def test_report_is_one_file_without_outside_references(folders: tuple[Path, Path
     assert parser.outside == []
     assert not re.search(r"@import|url\((?!#)", page)
     assert len(set(parser.ids)) == len(parser.ids)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4  # three of the run, and the cliffs' curves
+    assert 'id="theme"' in page
+    assert '<h2 id="cliffs">' in page
     assert "0.60 (0.39 to 0.78)" in page  # snapkv at 10 %: 12 of 20, Wilson
 
 

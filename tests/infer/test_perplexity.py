@@ -281,6 +281,7 @@ def test_a_run_its_table_and_its_files(tiny: LoadedModel, tmp_path: Path) -> Non
             "perplexity_by_position.csv",
             "perplexity.png",
             "perplexity.svg",
+            "perplexity.pdf",
         )
     }
     json.loads((tmp_path / "perplexity.json").read_text(), parse_constant=lambda name: pytest.fail(name))

@@ -194,7 +194,7 @@ def test_what_cannot_be_is_refused(
 
 def test_layers_that_cannot_be_compressed_are_refused(tmp_path: Path, make_capture: Callable[..., LoadedModel]) -> None:
     make_capture(tmp_path / "c.h5", "mistral", n=1)
-    with pytest.raises(DataError, match="which layers can be compressed"):
+    with pytest.raises(DataError, match="no layer that can be compressed, or prompts that differ in which"):
         run_attribution(AttributionConfig(str(tmp_path / "c.h5")), tmp_path / "out")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtool.studies.graph import Node, build_graph, is_fixed, model_content, task_files
+from kvtool.studies.content import is_fixed, model_content, task_files
+from kvtool.studies.graph import Node, build_graph
 from kvtool.studies.parse import parse_study
 
 STUDY = """\

@@ -77,3 +77,17 @@ def test_cliffs_of_a_study(report: tuple[Path, str], tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "critical retention" in done.output
     assert "add to the study's retentions" in done.output
+
+
+def test_figures_of_a_second_process_are_the_same(
+    report: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtool.analysis.study_report.MANY_POINTS", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    done = CliRunner().invoke(cli, ["analyze", "study", str(report[0].parent), "--out", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    mine, other = (
+        {p.name: p.read_bytes() for p in (folder / "figures").iterdir()} for folder in (report[0], tmp_path / "again")
+    )
+    assert len(mine) > 8
+    assert mine == other
