@@ -177,6 +177,8 @@ def stress(
     kvtool stress -m shape:llama-0.3b -p snapkv -r 2% --length 1024 --max-length 8192 --max-batch 8
     kvtool stress -p streaming:budget=256,decode=evict,positions=cache --endless 20000
     """
+    from kvtool.errors import KvtoolError
+    from kvtool.infer.kernels import check_kernel
     from kvtool.infer.stress import run_stress
     from kvtool.infer.stress_plan import StressConfig, endless_policies
     from kvtool.policies import expand_policies
@@ -184,6 +186,7 @@ def stress(
     chosen = expand_policies(policies or ("snapkv",), read_budgets(retention), real=True, heads=heads)
     if options["endless"]:
         endless_policies(chosen)  # what is wrong is said before a model is loaded
+    check_kernel(options["kernel"])
     loaded = load_named(model, device, dtype)
     if options["max_length"] is None and options["max_batch"] is None and not options["endless"]:
         options["max_length"] = loaded.info.max_positions
@@ -197,6 +200,8 @@ def stress(
         return
     summary = run_stress(config, loaded, chosen, out)
     emit(as_json, summary, summary.text())
+    if not any(row.status == "ok" for row in (*summary.rows, *summary.endless)):
+        raise KvtoolError("stress: nothing could be measured; the table's notes say why")
 
 
 def _planned(config: StressConfig, loaded: LoadedModel, chosen: list[Policy]) -> list[dict[str, Any]]:

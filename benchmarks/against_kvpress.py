@@ -299,9 +299,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="shape:llama-0.3b,layers=4")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the prompt; a power of two")
-    parser.add_argument("--entries", type=int, default=128, help="per KV head, on average")
-    parser.add_argument("--rounds", type=int, default=4, help="of prompts")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt; a power of two")
+    parser.add_argument("--entries", type=int, default=256, help="per KV head, on average")
+    parser.add_argument("--rounds", type=int, default=5, help="of prompts")
     parser.add_argument("--decode-rounds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="decode steps of a turn")
     parser.add_argument("--venv", type=Path, default=VENV, help="kvpress's environment, made if it is not there")

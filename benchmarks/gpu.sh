@@ -11,7 +11,7 @@ out=${1:-benchmarks/results/gpu}
 python=${PYTHON:-python3}
 "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "benchmarks/gpu.sh: there is no CUDA device here")'
 mkdir -p "$out"
-"$python" -m pytest -q -m gpu tests/infer/test_kernels.py tests/infer/test_merge.py tests/infer/test_graphs.py > "$out/kernels.txt" || { cat "$out/kernels.txt"; exit 1; }
+"$python" -m pytest -q -rs -m gpu tests/infer/test_kernels.py tests/infer/test_merge.py tests/infer/test_graphs.py > "$out/kernels.txt" || { cat "$out/kernels.txt"; exit 1; }
 for shape in llama-2-7b mistral-7b; do
     for batch in 1 16; do
         "$python" -m kvtool stress -m "shape:$shape,context=131200" --device cuda --dtype bfloat16 -p snapkv -p adakv -r 1%,2%,5% --graphs \

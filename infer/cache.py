@@ -90,6 +90,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Refuse beam search."""
         raise UnsupportedModelError("beam search is not supported with a CompressedCache; use num_beams=1")
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse contrastive search and the like."""
+        raise UnsupportedModelError("a CompressedCache keeps its batch as it is; sequences cannot be picked out or repeated")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse to repeat sequences."""
+        self.batch_select_indices(None)  # type: ignore[arg-type]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to take tokens back."""
         raise UnsupportedModelError("assisted decoding does not work with a CompressedCache: evicted entries cannot come back")

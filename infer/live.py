@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from kvtool.attention import AttentionCall
 
+#: Statistics of single entries: no product of matrices, whose bits depend on how the keys lie.
+NORMS = frozenset({"key_norm", "value_norm", "value_norm1"})
+
 #: ``[layer][row][KV head]`` ascending positions within the row, padding not counted.
 Kept = list[list[list["Tensor"]]]
 
@@ -155,7 +158,8 @@ def observe(call: AttentionCall, names: Iterable[str], rope: Rope | None = None,
         if names and layer.compressible(row):
             # Contiguous keys, as in capture: the same layout gives the same bits. The few statistics of values see to that themselves.
             queries, keys, values = (t[row, :, pad:].detach() for t in (call.queries, call.keys, call.values))
-            keys, weight = keys.contiguous(), output_weight(call.module)
+            keys = keys if NORMS.issuperset(names) else keys.contiguous()
+            weight = output_weight(call.module)
             inputs = AttentionInputs(queries, keys, values, call.scaling, call.window, rope, weight)
             for name in names:
                 started = clock(call.keys.device)

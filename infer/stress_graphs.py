@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from kvtool.errors import ConfigError
+from kvtool.errors import ConfigError, is_out_of_memory
 from kvtool.infer.graphs import GreedyDecoder
 
 if TYPE_CHECKING:
@@ -47,9 +47,14 @@ def fixed_steps(bench: Bench, cache: CompressedCache, tokens: Tensor) -> dict[st
     seen = torch.full((len(tokens),), cache.layers[0].seen, device=tokens.device)
     try:
         decoder = GreedyDecoder(bench.loaded.model, cache, tokens, seen, window=WARM_STEPS + bench.n_new)
+        decoder.decode(WARM_STEPS)
     except ConfigError as error:
         return fields | {"fixed_why_not": str(error)}
-    decoder.decode(WARM_STEPS)
+    except (RuntimeError, MemoryError) as error:
+        # The run's own figures stand: only the room for fixed shapes did not fit.
+        if not is_out_of_memory(error):
+            raise
+        return fields | {"fixed_why_not": "out of memory while shapes were being fixed"}
     step_s, used = [], [cache.count_bytes().used]
     for _ in range(bench.n_new):
         started = bench.now()

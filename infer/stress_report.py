@@ -115,6 +115,14 @@ def _note(row: PointRow) -> str:
     notes += ["beyond context"] if row.beyond_context else []
     if not row.again and row.speedup is not None and row.noise is not None and abs(row.speedup - 1) <= row.noise:
         notes.append("speed-up within noise")
+    elif (
+        row.speedup is not None
+        and row.possible_speedup is not None
+        and row.speedup > row.possible_speedup * (1 + (row.noise or 0))
+    ):
+        notes.append("above possible: not bound by memory")
+    if max(row.limit_share or 0, row.fixed_limit_share or 0) > 1:
+        notes.append("above the limit: the bandwidth was measured too low")
     return ", ".join(notes)
 
 
@@ -150,6 +158,8 @@ def _notes(records: Sequence[dict[str, Any]], rows: Sequence[PointRow], info: Mo
         shown = " to ".join(f"{speed / 1e9:.1f}" for speed in dict.fromkeys((speeds[0], speeds[-1])))
         notes.append(f"of limit: time to read weights and entries at the measured {shown} GB/s, over the time per token")
     done = [r for r in records if r["status"] == "ok" and r["series"] != "endless"]
+    if any(r["policy"] == "full" for r in done):
+        notes.append("TTFT of full: with kvtool's copy of the prompt's entries into its store, which is under `compress s`")
     if done and all(r["limit_share"] is None for r in done):
         notes.append("no share of the limit: weights and entries fit into the last-level cache")
     notes += sorted({f"no peak memory: {r['why_no_peak']}" for r in done if r["why_no_peak"]})

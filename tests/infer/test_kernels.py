@@ -21,10 +21,9 @@ LENGTHS = {
 
 
 def build(
-    lengths: list[int], n_seqs: int, n_new: int, group: int, window: int | None = None
+    lengths: list[int], n_seqs: int, n_new: int, group: int, window: int | None = None, width: int = 16
 ) -> tuple[RaggedStore, torch.Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths) + n_new)
-    width = 16
     longest = max(lengths)
     rows = []
     for n in lengths:
@@ -124,20 +123,34 @@ def test_a_kernel_that_cannot_run_is_refused_not_replaced() -> None:
         ragged_attention(queries, store, 0.3, "sdpa-bucket")
 
 
+#: Also rows as long as prompts are, which flash kernels split among thread blocks.
+LONG = {**LENGTHS, "long": [4096, 300, 4500, 4096]}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("lengths", LONG.values(), ids=LONG.keys())
 @pytest.mark.parametrize("n_new", [1, 3])
+@pytest.mark.parametrize(("group", "width"), [(1, 128), (4, 16), (4, 64), (8, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("fixed", [False, True], ids=["grows", "fixed"])
 @pytest.mark.parametrize("name", ["flash-attn", "torch-varlen", "sdpa-buckets"])
-def test_cuda_kernels_equal_the_reference(lengths: list[int], n_new: int, name: str) -> None:
-    store, queries = build(lengths, 2, n_new, 4)
-    rows = [Row(row.keys.cuda().bfloat16(), row.values.cuda().bfloat16()) for row in store.dense_rows()]
-    moved = RaggedStore(rows, 2)
+def test_cuda_kernels_equal_the_reference(
+    lengths: list[int], n_new: int, group: int, width: int, dtype: torch.dtype, fixed: bool, name: str
+) -> None:
+    store, queries = build(lengths, 2, n_new, group, width=width)
+    moved = RaggedStore([Row(row.keys.cuda().to(dtype), row.values.cuda().to(dtype)) for row in store.dense_rows()], 2)
+    if fixed:
+        moved.fix(5)
     try:
         pick_kernel(name, moved)
     except ConfigError as error:
         pytest.skip(str(error))
-    found = ragged_attention(queries.cuda().bfloat16(), moved, 0.3, name)
-    expected = reference_attention(queries.cuda().bfloat16(), moved, 0.3)
-    torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
-    assert (found.float() - expected.float()).abs().mean() <= 1e-3
+    asked = queries.cuda().to(dtype)
+    found, expected = (
+        attend.float() for attend in (ragged_attention(asked, moved, 0.3, name), reference_attention(asked, moved, 0.3))
+    )
+    # The largest error is one of rounding the output: bfloat16 has 8 bits. The mean is the bar.
+    largest = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-3}[dtype]
+    torch.testing.assert_close(found, expected, rtol=largest, atol=largest)
+    assert (found - expected).abs().mean() <= 1e-3
