@@ -200,7 +200,7 @@ def stress(
         return
     summary = run_stress(config, loaded, chosen, out)
     emit(as_json, summary, summary.text())
-    if not any(row.status == "ok" for row in (*summary.rows, *summary.endless)):
+    if "ok" not in [*(row.status for row in summary.rows), *(row.status for row in summary.endless)]:
         raise KvtoolError("stress: nothing could be measured; the table's notes say why")
 
 

@@ -29,6 +29,10 @@ class DataError(KvtoolError):
     """A file is missing, damaged, incomplete or does not belong to what was asked."""
 
 
+class NothingFitsError(DataError):
+    """Every sample of a task is too long for the model."""
+
+
 class MissingDependencyError(KvtoolError):
     """An optional package is needed; the message holds the command that installs it."""
 

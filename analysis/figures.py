@@ -29,7 +29,7 @@ def make_figures(rows: Sequence[TableRow]) -> list[Figure]:
 
 _ACCURACY = (
     "Share of answer tokens that are right when the gold answer is fed through the compressed cache; bars are 95 % intervals over "
-    "prompts. The dashed line is the full cache, the dotted one the random control with the same protected entries."
+    "prompts. The dashed line is the full cache, the dotted one the random control."
 )
 _PARETO = (
     "Task score against bytes that hold kept entries after the prompt, measured from the tensors. Rings mark the Pareto front."

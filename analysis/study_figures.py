@@ -21,7 +21,7 @@ Row = tuple[Place, Point, Interval]
 MOST_PANELS = 12
 _CURVES = (
     "{figure} against the share of entries kept; bars are 95 % intervals over prompts. Dashed: the full cache on the same prompts; "
-    "dotted: the random control with the same protected entries. Points that stand alone bring their own number of entries."
+    "dotted: the random control, where one was run. Points that stand alone bring their own number of entries."
 )
 _MEMORY = (
     "{figure} against bytes that hold entries after the prompt (room to grow not counted). The grey line joins the Pareto front: no other "
@@ -40,7 +40,7 @@ def study_figures(data: StudyData) -> list[Figure]:
     for number, key in enumerate(groups):
         places = [place for place in data.places if (place.model, place.compress_at, place.stage) == key]
         rows = [(place, point, mean) for place in places for point, mean in _measured(place)]
-        if any(point.budget for _, point, _ in rows):
+        if any(_compressed(point) for _, point, _ in rows):
             title = f"{key[0]}, compressed at the {key[1]}" + (f", {key[2]}" if key[2] not in ("", "infer") else "")
             found.append(_grid(f"score_retention_{number}", f"Score against retention: {title}", _CURVES, rows, _curve_panel))
             last = max(place.length for place in places)
@@ -103,7 +103,12 @@ def _grid(name: str, title: str, caption: str, rows: Sequence[Row], draw_panel: 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
     """Names of methods, in the order of the study; those with their own number of entries go by their group."""
-    return list(dict.fromkeys(_series(point) for _, point, _ in rows if point.budget))
+    return list(dict.fromkeys(_series(point) for _, point, _ in rows if _compressed(point)))
+
+
+def _compressed(point: Point) -> bool:
+    """True for all but the full cache; a policy with its own number of entries has no budget either."""
+    return point.policy != "full"
 
 
 def _series(point: Point) -> str:
@@ -114,11 +119,11 @@ def _series(point: Point) -> str:
 def _curve_panel(axes: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
     for label in labels:
         mine = sorted(
-            (row for row in rows if row[1].budget and _series(row[1]) == label), key=lambda row: row[1].retention or 0.0
+            (row for row in rows if _compressed(row[1]) and _series(row[1]) == label), key=lambda row: row[1].retention or 0.0
         )
         _errorbars(axes, mine, [100 * (row[1].retention or 0.0) for row in mine], label, labels)
     _full_line(axes, rows)
-    log_axis(axes, [100 * p.retention for _, p, _ in rows if p.budget and p.retention], 6)
+    log_axis(axes, [100 * p.retention for _, p, _ in rows if _compressed(p) and p.retention], 6)
     axes.set_ylim(-0.03, 1.05)
     axes.set_xlabel("kept (%)", fontsize=7)
 
@@ -135,17 +140,17 @@ def _errorbars(axes: Axes, rows: Sequence[Row], x: Sequence[float], label: str, 
 
 
 def _full_line(axes: Axes, rows: Sequence[Row]) -> None:
-    full = next((mean.mean for _, point, mean in rows if point.budget is None), None)
+    full = next((mean.mean for _, point, mean in rows if not _compressed(point)), None)
     if full is not None:
         axes.axhline(full, color=GREY, linestyle="--", linewidth=1, label="full cache")
 
 
 def _memory_panel(axes: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
     for label in labels:
-        mine = [row for row in rows if row[1].budget and _series(row[1]) == label and row[1].kv_bytes]
+        mine = [row for row in rows if _compressed(row[1]) and _series(row[1]) == label and row[1].kv_bytes]
         style = {**line_style(label, labels), "linestyle": ""}
         axes.plot([(p.kv_bytes or 0.0) / 1e6 for _, p, _ in mine], [m.mean for _, _, m in mine], label=label, **style)
-    full = [((p.kv_bytes or 0.0) / 1e6, m.mean) for _, p, m in rows if p.budget is None and p.kv_bytes]
+    full = [((p.kv_bytes or 0.0) / 1e6, m.mean) for _, p, m in rows if not _compressed(p) and p.kv_bytes]
     if full:
         axes.plot(*full[0], marker="*", markersize=10, color=GREY, linestyle="", label="full cache")
     best = front(rows)

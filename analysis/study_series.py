@@ -236,8 +236,15 @@ def _best(rows: Sequence[Row], title: str, number: int) -> Figure | None:
 
 
 def _settings(policy: str) -> dict[str, str]:
-    """Settings of a policy's text form."""
-    return dict(item.partition("=")[::2] for item in policy.partition(":")[2].split(","))
+    """Settings of a policy's text form; window and block size as they are, defaults included."""
+    from kvtool.policies import Policy
+
+    own = dict(item.partition("=")[::2] for item in policy.partition(":")[2].split(","))
+    parsed = Policy.parse(policy)
+    own["window"] = str(getattr(parsed.method, "window", own.get("window", "")))
+    if parsed.compensation.active:
+        own["block"] = str(parsed.compensation.block)
+    return own
 
 
 def _blocks(data: StudyData) -> Iterator[Figure]:

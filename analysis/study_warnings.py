@@ -65,7 +65,7 @@ def _control(places: Sequence[Place]) -> list[str]:
     named = [f"{label} {lost[label]} of {n}" for label, n in tried.items() if lost[label]]
     if not tried and places:
         return ["no random control was run: nothing says that choosing entries is worth it here"]
-    return [f"not clearly above random entries with the same protection (points): {', '.join(named)}"] if named else []
+    return [f"not clearly above the random control (points): {', '.join(named)}"] if named else []
 
 
 def _weak(places: Sequence[Place]) -> list[str]:

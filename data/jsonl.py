@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 from kvtool.data.samples import Encoded
-from kvtool.errors import DataError
+from kvtool.errors import DataError, NothingFitsError
 from kvtool.progress import say
 
 Item = TypeVar("Item")
@@ -155,7 +155,7 @@ def take(
     Raises
     ------
     DataError
-        Nothing is left.
+        Nothing is left; a `NothingFitsError` if all records are too long for the model.
     """
     left_out = list(skipped)
     chosen: list[Encoded] = []
@@ -167,7 +167,9 @@ def take(
     if not chosen:
         if not left_out:
             raise DataError(f"task file {where} holds no sample; give one JSON object a line")
-        raise DataError(f"none of the {len(left_out)} records of task file {where} can be used; the first: {left_out[0].text}")
+        too_long = fits is not None and all(record.field == "context" for record in left_out)
+        error = NothingFitsError if too_long else DataError
+        raise error(f"none of the {len(left_out)} records of task file {where} can be used; the first: {left_out[0].text}")
     _tell(left_out, where)
     return Samples(chosen, left_out)
 

@@ -25,6 +25,13 @@ COLUMNS = ("label", "metric", "text", "value", "note")
 PAIRED = {"score": "score_change", "accuracy": "accuracy_change", "perplexity": "perplexity_ratio"}
 
 
+#: Shares of the larger one by which what two rows keep may differ before a finding says so.
+UNEQUAL = 0.1
+
+#: Differences that are rounding.
+TINY = 1e-9
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """One number of the study.
@@ -176,8 +183,9 @@ def _judge(metric: str, better: ResultRow, worse: ResultRow) -> int:
     """
     own = _difference(metric, better, worse)
     if own is not None and own.low is not None and own.high is not None:
-        size = 2 if own.low > 0 or own.high < 0 else 1
-        return 0 if own.mean == 0 else size if own.mean > 0 else -size
+        # An interval that ends at 0 but for rounding does not exclude it.
+        size = 2 if own.low > TINY or own.high < -TINY else 1
+        return 0 if abs(own.mean) <= TINY else size if own.mean > 0 else -size
     paired = PAIRED.get(metric, metric)
     sign = 1.0 if METRICS[metric].more is not False else -1.0
     a, b = (row.values.get(paired, row.values[metric]) for row in (better, worse))
@@ -220,10 +228,20 @@ def sentence(item: Finding) -> str:
         return f"{opening}: {direction.say} ({name}; {direction.better} is better in {right} of {n} pairs of rows{same}{by})."
     better, worse = (row.values[direction.metric].mean for row in item.ours[0])
     text = f"{opening}: {direction.say} ({name} {better:.{digits}f} with {direction.better}, {worse:.{digits}f} with {direction.worse}"
+    text += _unequal(*item.ours[0])
     if item.difference is not None and item.difference.low is not None and item.difference.high is not None:
         low, high = item.difference.low, item.difference.high
         text += f"; better by {item.difference.mean:+.{digits}f}, {low:+.{digits}f} to {high:+.{digits}f} on the same prompts"
     return text + ("; one measurement each, without intervals)." if item.verdict.endswith("(no intervals)") else ").")
+
+
+def _unequal(first: ResultRow, second: ResultRow) -> str:
+    """Say how much each of two rows keeps, where that is not about the same."""
+    for metric, unit in (("effective_context", " entries"), ("kept", " %")):
+        if metric in first.values and metric in second.values:
+            a, b = (row.values[metric].mean * METRICS[metric].factor for row in (first, second))
+            return f"; unequal memory: {a:.0f} against {b:.0f}{unit} kept" if abs(a - b) > UNEQUAL * max(a, b) else ""
+    return ""
 
 
 def _half(value: Value) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtool.errors import CapacityError, DataError, KvtoolError
+from kvtool.errors import CapacityError, DataError, KvtoolError, NothingFitsError
 from kvtool.executors.execution import LOCAL, Execution
 from kvtool.studies.content import is_fixed
 from kvtool.studies.graph import ImpossibleCell, Node
@@ -165,12 +165,15 @@ def samples_of(node: Node, loaded: LoadedModel, notes: list[str]) -> list[Encode
     work, most = node.work, loaded.info.max_positions
     if work["length"] is not None and work["length"] >= most and not is_fixed(work["task"]):
         raise _too_long(work["length"], loaded)
-    if is_fixed(work["task"]):
-        samples = _of_fixed_set(work, loaded, notes)
-    else:
-        samples = load_task(
-            work["task"], loaded.tokenizer, work["n"], work["length"] or 1024, work["seed"], fits=_fits(work, loaded)
-        )
+    try:
+        if is_fixed(work["task"]):
+            samples = _of_fixed_set(work, loaded, notes)
+        else:
+            samples = load_task(
+                work["task"], loaded.tokenizer, work["n"], work["length"] or 1024, work["seed"], fits=_fits(work, loaded)
+            )
+    except NothingFitsError as error:
+        raise ImpossibleCell(str(error)) from error
     if (longest := max(sample.n_tokens for sample in samples)) > most:
         raise _too_long(longest, loaded)
     if len(samples) < work["n"]:

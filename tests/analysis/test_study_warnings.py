@@ -50,8 +50,8 @@ def test_a_clean_study_has_no_warnings() -> None:
 
 
 def test_control_that_is_not_beaten_and_degenerate_points() -> None:
-    assert said(study({**GOOD, "random:budget=10%": 11}), "not clearly above random")
-    assert not said(study(GOOD), "not clearly above random")
+    assert said(study({**GOOD, "random:budget=10%": 11}), "not clearly above the random control")
+    assert not said(study(GOOD), "not clearly above the random control")
     degenerate = study(GOOD, changes={"snapkv:budget=10%": {"degenerate": True}})
     assert said(degenerate, "1 degenerate points")
     row = {"label": "A_window_8", "note": "degenerate", "series": ""}
