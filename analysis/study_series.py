@@ -269,7 +269,8 @@ def _block_figure(parsed: Sequence[tuple[Row, dict[str, str]]], number: int, tit
     def size(own: dict[str, str], row: Row) -> float:
         return float(own["block"]) if own.get("block", "").isdigit() else float(row["length"] or 0)
 
-    groups = list(dict.fromkeys(name(row, own) for row, own in parsed))
+    # A level without a curve beside it says nothing of blocks.
+    groups = list(dict.fromkeys(name(row, own) for row, own in parsed if "compensate" in own))
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()

@@ -28,6 +28,9 @@ PAIRED = {"score": "score_change", "accuracy": "accuracy_change", "perplexity": 
 #: Shares of the larger one by which what two rows keep may differ before a finding says so.
 UNEQUAL = 0.1
 
+#: Metrics that another process on the machine changes.
+TIMES = frozenset({"ttft_s", "tpot_ms", "tokens_per_s", "attention_ms", "compress_s", "total_s", "speedup"})
+
 #: Differences that are rounding.
 TINY = 1e-9
 
@@ -212,7 +215,16 @@ def _difference(metric: str, better: ResultRow, worse: ResultRow) -> Value | Non
 
 
 def sentence(item: Finding) -> str:
-    """Return a finding in words, with the figures that were measured here."""
+    """Return a finding in words, with the figures that were measured here; of times, with what they are worth."""
+    said = _sentence(item)
+    return (
+        f"{said} Only differences above the A/A floor of times show anything."
+        if item.direction.metric in TIMES and item.count[3]
+        else said
+    )
+
+
+def _sentence(item: Finding) -> str:
     direction, (_, right, _, n, equal) = item.direction, item.count
     if not n:
         return f"Not measured here: {direction.say}."
