@@ -90,13 +90,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Refuse beam search."""
         raise UnsupportedModelError("beam search is not supported with a CompressedCache; use num_beams=1")
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Refuse contrastive search and the like."""
+    def batch_select_indices(self, *args: Any) -> None:
+        """Refuse to pick out or repeat sequences."""
         raise UnsupportedModelError("a CompressedCache keeps its batch as it is; sequences cannot be picked out or repeated")
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse to repeat sequences."""
-        self.batch_select_indices(None)  # type: ignore[arg-type]
+    batch_repeat_interleave = batch_select_indices
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to take tokens back."""
@@ -349,11 +347,9 @@ class CompressedCache(Cache):  # type: ignore[misc]
     def _decode(self, call: AttentionCall) -> Tensor:
         """Answer new tokens: append them, attend to the store, evict if the policy does."""
         layer = self.layers[call.layer]
-        store = layer.held.store
-        if store.n_seqs != call.keys.shape[0]:
-            raise ConfigError(
-                f"the cache holds {store.n_seqs} sequences, the model was called with {call.keys.shape[0]}; use a new cache"
-            )
+        store, n_seqs = layer.held.store, int(call.keys.shape[0])
+        if store.n_seqs != n_seqs:
+            raise ConfigError(f"the cache holds {store.n_seqs} sequences, the model was called with {n_seqs}; use a new cache")
         n_new = int(call.keys.shape[2])
         if call.padding is not None and not bool(call.padding[:, -n_new:].all()):
             raise ConfigError("padding after the prompt is not supported with a CompressedCache; pad the prompt on the left")
@@ -398,20 +394,18 @@ class CompressedCache(Cache):  # type: ignore[misc]
         return "+".join(sorted(self.kernels_used))
 
     def check_capacities(self) -> None:
-        """Check that no head holds more than its capacity, for policies that evict while decoding.
+        """Check that no head of a policy that evicts while decoding holds more than its capacity.
 
         Raises
         ------
         KvtoolError
-            One does: a cut was missed, and no result may be written.
+            A cut was missed, and no result may be written.
         """
         for index, layer in enumerate(self.layers):
             eviction = None if layer.held is None else layer.held.eviction
             for n, limit in zip(layer.store.lengths, eviction.limits, strict=True) if eviction is not None else ():
                 if limit is not None and n > limit:
-                    raise KvtoolError(
-                        f"policy {self.policy}: layer {index} holds {n} entries in a head with a capacity of {limit}"
-                    )
+                    raise KvtoolError(f"policy {self.policy}: layer {index} holds {n} entries in a head with capacity {limit}")
 
     def count_bytes(self) -> StoreBytes:
         """Count the bytes of all layers from their tensors."""
