@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.analysis.plain import csv_text
 from kvtool.files import write_atomic, write_text
+from kvtool.pictures import FORMATS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "font.size": 10,
 }
-ENDINGS = ("png", "svg", "pdf")
+ENDINGS = tuple(FORMATS)
 CONTROL = "random"
 
 
@@ -141,7 +142,7 @@ def render(canvas: Canvas, ending: str, dpi: int = 150) -> bytes:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.BytesIO()
-    metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]
+    metadata = FORMATS[ending]
     # Not savefig, which draws everything twice.
     if ending == "png":
         canvas.dpi = dpi

@@ -51,7 +51,7 @@ def run_no_cache(config: NoCacheConfig, loaded: LoadedModel, out: Path) -> list[
     config : NoCacheConfig
     loaded : LoadedModel
     out : Path
-        Output folder: records, ``length.csv`` and figures, as of a stress test.
+        Output folder: ``records.jsonl``, ``no_cache.csv`` and ``no_cache.json``, with the points of a stress test.
 
     Returns
     -------
@@ -195,17 +195,10 @@ def read_no_cache(folder: Path) -> list[PointRow]:
 
 
 def _write(folder: Path) -> list[PointRow]:
-    import csv
-    import io
-
     from kvtool.files import write_json, write_text
+    from kvtool.infer.stress_report import points_csv
 
     rows = read_no_cache(folder)
-    flat = [asdict(row) for row in rows]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_text(folder / "no_cache.csv", buffer.getvalue())
-    write_json(folder / "no_cache.json", flat)
+    write_text(folder / "no_cache.csv", points_csv(rows))
+    write_json(folder / "no_cache.json", [asdict(row) for row in rows])
     return rows

@@ -27,7 +27,7 @@ def write_summary(folder: Path, records: Sequence[dict[str, Any]], info: ModelIn
     for series in ("length", "batch"):
         mine = [row for row in rows if row.series == series]
         if mine:
-            write_text(folder / f"{series}.csv", _csv(mine))
+            write_text(folder / f"{series}.csv", points_csv(mine))
             draw_series(folder, series, mine)
     windows = [record for record in records if record["series"] == "endless" and record["status"] == "ok"]
     if windows:
@@ -195,7 +195,8 @@ def _markdown(summary: StressSummary, info: ModelInfo) -> str:
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in summary.notes)]) + "\n"
 
 
-def _csv(rows: Sequence[PointRow]) -> str:
+def points_csv(rows: Sequence[PointRow]) -> str:
+    """Return points as CSV, quartiles in columns of their own."""
     flat = []
     for row in rows:
         fields = dataclasses.asdict(row)
