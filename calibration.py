@@ -4,6 +4,8 @@ Every prompt's figures are turned into the share of answer tokens that should co
 configuration's prediction is the mean over prompts. Loss of one head can ruin one answer and no more: the curve saturates, so a
 few prompts with enormous harm do not outweigh many with little, as they do in a mean of harms.
 
+Policies that were confirmed keep what they did better or worse than the curve (`kvtool.residuals`).
+
 `kvtool analyze calibrate` makes one, `kvtool simulate --calibration` and `kvtool analyze fidelity --calibration` use it.
 
 Shapes: F features, any shape (...) of predictions, e.g. (N configurations, S prompts).
@@ -12,7 +14,7 @@ Shapes: F features, any shape (...) of predictions, e.g. (N configurations, S pr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from kvtool.errors import DataError
 from kvtool.files import write_json
+from kvtool.residuals import Residuals, Setting, carried_over
 
 SCHEMA = "kvtool.calibration/1"
 Float = NDArray[np.float64]
@@ -58,6 +61,8 @@ class Calibration:
         Configurations that the quantile is taken from.
     sources : tuple of dict
         Model, task, length, query mode and prompts of the runs it was fitted on.
+    residuals : tuple of Residuals
+        Errors of the curve on those runs, policy by policy; none in files of older versions.
     """
 
     features: tuple[str, ...]
@@ -71,6 +76,7 @@ class Calibration:
     held_out: str
     n_errors: int
     sources: tuple[dict[str, Any], ...]
+    residuals: tuple[Residuals, ...] = ()
 
     def predict(self, figures: Mapping[str, Float]) -> Float:
         """Return the predicted share of right answer tokens per prompt, 0 ... 1, in the shape of the figures.
@@ -81,6 +87,34 @@ class Calibration:
             A feature is missing: the simulation is older than the calibration.
         """
         return curve(self._index(figures))
+
+    def predict_policies(
+        self, figures: Mapping[str, Float], model: str, compress_at: str, methods: Sequence[str], shares: Sequence[float]
+    ) -> Float:
+        """Return the curve's predictions with what confirmed runs of the same policies add, shape (N, S).
+
+        Parameters
+        ----------
+        figures : mapping of str to ndarray of shape (N, S)
+        model, compress_at : str
+            Fingerprint and query mode: errors are carried over within them only.
+        methods : sequence of N str
+            Policies without their budget.
+        shares : sequence of N float
+            Kept share of the prompt.
+
+        Returns
+        -------
+        ndarray
+            Not cut to 0 ... 1: that would make equals of policies that the figures tell apart.
+
+        Raises
+        ------
+        DataError
+            See `predict`.
+        """
+        setting = Setting(model, compress_at, "evidence" in figures)
+        return self.predict(figures) + carried_over(self.residuals, setting, methods, shares)[:, None]
 
     def interval(self, predicted: float) -> tuple[float, float]:
         """Return the interval of a configuration's mean, cut to 0 ... 1."""
@@ -156,7 +190,10 @@ def read_calibration(path: str | Path) -> Calibration:
         raise DataError(f"{path} is no calibration (schema {SCHEMA!r} is needed); {HOW}")
     try:
         lists = {name: tuple(float(x) for x in value[name]) for name in ("mean", "scale", "weights")}
-        found = Calibration(**{**value, **lists, "features": tuple(value["features"]), "sources": tuple(value["sources"])})
+        known = {"residuals": tuple(map(Residuals.of, value.pop("residuals", ())))}
+        found = Calibration(
+            **{**value, **lists, **known, "features": tuple(value["features"]), "sources": tuple(value["sources"])}
+        )
         numbers = [*found.mean, *found.scale, *found.weights, found.intercept, found.half_width, found.gap_width]
         fits = {len(found.features), len(found.mean), len(found.scale), len(found.weights)}
         if (

@@ -6,7 +6,7 @@ Shapes: N configurations, S prompts, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvtool.analysis.controls import check_decoding
 from kvtool.analysis.load import Float, Reality, Simulation, check_belongs, load_reality, load_simulation
 from kvtool.calibration import FEATURES, Calibration, curve, transform, with_evidence, write_calibration
 from kvtool.errors import ConfigError, DataError
+from kvtool.residuals import Residuals, Setting, carried_over
 
 LEVEL = 0.9
 #: folds over prompts where there is only one pair of folders
@@ -35,6 +36,10 @@ class Confirmed:
     real : ndarray of shape (N, S)
         Answer accuracy, 0 ... 1.
     budgets : tuple of N str
+    methods : tuple of N str
+        Policies without their budget.
+    shares : tuple of N float
+        Kept share of the prompt.
     source : dict
         What the pair is.
     """
@@ -42,7 +47,14 @@ class Confirmed:
     figures: dict[str, Float]
     real: Float
     budgets: tuple[str, ...]
+    methods: tuple[str, ...]
+    shares: tuple[float, ...]
     source: dict[str, Any]
+
+    @property
+    def setting(self) -> Setting:
+        """Where errors are carried over to."""
+        return Setting(str(self.source["model"]), str(self.source["compress_at"]), bool(self.figures["named"].any()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +89,7 @@ def confirmed(simulation: Simulation, reality: Reality) -> Confirmed:
     columns = [i for i, sample in enumerate(reality.samples) if sample in having]
     # Evidence is a figure of all rows of a simulation or of none.
     figures: dict[str, list[Any]] = {name: [] for name in FEATURES if any(name in row["per_sample"] for row in simulation.rows)}
-    real, budgets = [], []
+    real, budgets, methods, shares = [], [], [], []
     for row in simulation.rows:
         values = reality.values(row["policy"], TRUTH)
         if row["status"] != "ok" or row["degenerate"] or row.get("yardstick") or values is None:
@@ -90,6 +102,8 @@ def confirmed(simulation: Simulation, reality: Reality) -> Confirmed:
             figures[name].append([row["per_sample"][name][i] for i in columns])
         real.append(values)
         budgets.append(row["budget"] or "own")
+        methods.append(row["method"])
+        shares.append(row["retention"])
     if len(real) < LEAST or len(columns) < LEAST:
         raise DataError(
             f"{simulation.folder} and {reality.folder} share {len(real)} configurations on {len(columns)} prompts with an answer "
@@ -99,7 +113,7 @@ def confirmed(simulation: Simulation, reality: Reality) -> Confirmed:
     source = {"model": simulation.config["model"]["fingerprint"], **{k: simulation.config.get(s) for s, k in keys.items()}}
     source |= {"prompt_seed": simulation.config.get("prompt_seed"), "prompts": len(columns), "configurations": len(real)}
     known = with_evidence({k: np.asarray(v, dtype=np.float64) for k, v in figures.items()})
-    return Confirmed(known, np.asarray(real), tuple(budgets), source)
+    return Confirmed(known, np.asarray(real), tuple(budgets), tuple(methods), tuple(shares), source)
 
 
 def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibration:
@@ -115,7 +129,7 @@ def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibra
     else:
         fold = np.arange(pairs[0].real.shape[1]) % FOLDS
         splits = [([_part(pairs[0], fold != k)], _part(pairs[0], fold == k)) for k in np.unique(fold)]
-    errors = [_errors(_fit(seen).predict(unseen.figures).mean(1), unseen) for seen, unseen in splits]
+    errors = [_errors(_predict(_fit(seen), seen, unseen), unseen) for seen, unseen in splits]
     found, gaps = ([each[k] for each in errors] for k in (0, 1))
     fit = _fit(pairs)
     return Calibration(
@@ -130,7 +144,19 @@ def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibra
         held_out="pair" if len(pairs) > 1 else "prompts",
         n_errors=sum(map(len, found)),
         sources=tuple(pair.source for pair in pairs),
+        residuals=tuple(_residuals(fit, pair) for pair in pairs),
     )
+
+
+def _residuals(fit: _Fit, pair: Confirmed) -> Residuals:
+    errors = pair.real.mean(1) - fit.predict(pair.figures).mean(1)
+    return Residuals(pair.setting, pair.methods, pair.shares, tuple(errors.tolist()))
+
+
+def _predict(fit: _Fit, seen: Sequence[Confirmed], unseen: Confirmed) -> Float:
+    """Return the means of a pair, shape (N,), from a fit and the errors of the pairs that it saw."""
+    known = [_residuals(fit, pair) for pair in seen]
+    return fit.predict(unseen.figures).mean(1) + carried_over(known, unseen.setting, unseen.methods, unseen.shares)
 
 
 def _errors(predicted: Float, pair: Confirmed) -> tuple[Float, Float]:
@@ -155,7 +181,7 @@ def _conformal(errors: Sequence[Float], level: float, n_pairs: int) -> float:
 
 
 def _part(pair: Confirmed, columns: Any) -> Confirmed:
-    return Confirmed({k: v[:, columns] for k, v in pair.figures.items()}, pair.real[:, columns], pair.budgets, pair.source)
+    return replace(pair, figures={k: v[:, columns] for k, v in pair.figures.items()}, real=pair.real[:, columns])
 
 
 def _stack(figures: Mapping[str, Float]) -> Float:

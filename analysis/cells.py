@@ -150,7 +150,7 @@ def build_cells(
                     length=reality.config.get("length"),
                     budget=budget,
                     policies=policies,
-                    predicted=_predicted(rows, calibration),
+                    predicted=_predicted(rows, reality, calibration),
                     real=real,
                     paired=_same_prompts(simulation, reality),
                     pair=pair,
@@ -188,13 +188,15 @@ def _real(reality: Reality, policy: str, name: str) -> Float:
     return TRUTHS[name] * values
 
 
-def _predicted(rows: list[dict[str, Any]], calibration: Calibration | None) -> dict[str, Float]:
+def _predicted(rows: list[dict[str, Any]], reality: Reality, calibration: Calibration | None) -> dict[str, Float]:
     """Return what is predicted per sample, larger is better, shape (N, S) each."""
     names = [name for name in PREDICTORS if all(name in row["per_sample"] for row in rows)]
     figures = {name: np.asarray([row["per_sample"][name] for row in rows], dtype=np.float64) for name in names}
     figures["retention"] = np.asarray([[row["retention"]] * figures["harm"].shape[1] for row in rows])
     if calibration is not None:
-        figures["calibrated"] = calibration.predict(figures)
+        where = (str(reality.config.get("fingerprint")), str(reality.config.get("compress_at")))
+        shares = [row["retention"] for row in rows]
+        figures["calibrated"] = calibration.predict_policies(figures, *where, [row["method"] for row in rows], shares)
     if all(row.get("refined") for row in rows):
         for name in ("nll", "accuracy"):
             figures[f"refined_{name}"] = np.asarray([row["refined"]["per_sample"][name] for row in rows], dtype=np.float64)

@@ -124,6 +124,7 @@ def rank_rows(
     n_compressible: Sequence[int],
     weights: Float,
     calibration: Calibration | None = None,
+    compress_at: str = "prompt",
 ) -> list[Row]:
     """Aggregate over samples and rank.
 
@@ -137,6 +138,8 @@ def rank_rows(
     weights : ndarray of shape (draws, S)
     calibration : Calibration, optional
         Adds the predicted accuracy, and ranks by it.
+    compress_at : str
+        Query mode of the samples; a calibration carries errors over within it.
 
     Returns
     -------
@@ -147,8 +150,7 @@ def rank_rows(
     entry_bytes = 2 * 2 * info.head_dim * info.n_kv_heads * np.asarray(n_compressible)
     rows = [_row(policy, [sample[i] for sample in predictions], entry_bytes, weights) for i, policy in enumerate(policies)]
     if calibration is not None:
-        for row in rows:
-            _calibrate(row, calibration)
+        _calibrate([row for row in rows if row.status == "ok"], calibration, info.fingerprint, compress_at)
     budgets: dict[str, list[Row]] = {}
     for row in rows:
         if row.status == "ok" and not row.yardstick:
@@ -204,9 +206,14 @@ def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray
     return row
 
 
-def _calibrate(row: Row, calibration: Calibration) -> None:
-    if row.status == "ok":
-        predicted = calibration.predict({name: np.asarray(values) for name, values in row.per_sample.items()})
-        row.predicted = float(predicted.mean())
+def _calibrate(rows: Sequence[Row], calibration: Calibration, model: str, compress_at: str) -> None:
+    if not rows:
+        return
+    names = [name for name in KEPT if all(name in row.per_sample for row in rows)]
+    figures = {name: np.asarray([row.per_sample[name] for row in rows], dtype=np.float64) for name in names}
+    shares = [row.retention for row in rows]
+    predicted = calibration.predict_policies(figures, model, compress_at, [row.method for row in rows], shares)
+    for row, values in zip(rows, predicted, strict=True):
+        row.predicted = min(max(float(values.mean()), 0.0), 1.0)
         row.predicted_low, row.predicted_high = calibration.interval(row.predicted)
-        row.per_sample["predicted"] = predicted.tolist()
+        row.per_sample["predicted"] = values.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def pair(seed: int, shift: float = 0.0) -> Confirmed:
     harm = np.exp(rng.normal(0, 1.2, (N, 1)) + rng.normal(0, 0.3, (N, S)))
     figures = {"harm": harm, "evidence": rng.uniform(0, 1, (N, S))}
     real = rng.binomial(TOKENS, truth(figures, shift)) / TOKENS
-    return Confirmed(with_evidence(figures), real, ("5%", "10%") * (N // 2), {"model": "m", "task": f"t{seed}"})
+    # Every pair has policies of its own: nothing is carried over but the level.
+    methods, source = tuple(f"p{seed}-{i}" for i in range(N)), {"model": "m", "compress_at": "prompt", "task": f"t{seed}"}
+    return Confirmed(with_evidence(figures), real, ("5%", "10%") * (N // 2), methods, (0.05, 0.1) * (N // 2), source)
 
 
 def truth(figures: dict[str, np.ndarray], shift: float = 0.0) -> np.ndarray:
@@ -51,7 +54,7 @@ def test_texts_and_needles_share_one_curve() -> None:
     for each in texts:
         each.figures["evidence"][:] = 0.0
         each.real[:] = np.random.default_rng(5).binomial(TOKENS, truth(each.figures, 1.0)) / TOKENS
-    nameless = [Confirmed(with_evidence({"harm": t.figures["harm"]}), t.real, t.budgets, t.source) for t in texts]
+    nameless = [replace(t, figures=with_evidence({"harm": t.figures["harm"]})) for t in texts]
     found = fit_calibration([*(pair(seed) for seed in range(8)), *nameless])
     slopes = dict(zip(found.features, np.asarray(found.weights) / np.asarray(found.scale), strict=True))
     assert slopes["named"] == pytest.approx(-1.0, abs=0.25)
@@ -97,7 +100,7 @@ def test_few_pairs_promise_less_and_give_the_largest_error() -> None:
     found = fit_calibration(pairs)
     assert found.level == 0.75
     left_out = [
-        np.abs(fit_calibration([p for p in pairs if p is not out]).predict(out.figures).mean(1) - out.real.mean(1))
+        np.abs(predict(fit_calibration([p for p in pairs if p is not out]), out) - out.real.mean(1))
         for out in pairs
     ]
     assert found.half_width == pytest.approx(np.max(left_out), abs=1e-6)
@@ -150,7 +153,7 @@ def folders(root: Path, seed: int, prompt_seed: int = 0) -> tuple[Path, Path]:
     append_records(
         root / "sim/ranking.jsonl",
         [
-            {"policy": p, "budget": "10%", "retention": 0.1, "status": "ok", "degenerate": False,
+            {"policy": p, "method": p.split(":")[0], "budget": "10%", "retention": 0.1, "status": "ok", "degenerate": False,
              "per_sample": {"recall": [0.5] * S, **{k: data.figures[k][i].tolist() for k in ("harm", "evidence")}}}
             for i, p in enumerate(policies)
         ],
@@ -199,5 +202,48 @@ def test_other_prompts_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_calibration_was_fitted_on_is_known() -> None:
     made = fit_calibration([pair(0)])
-    assert was_fitted_on(made, {"fingerprint": "m", "task": "t0"})
-    assert not was_fitted_on(made, {"fingerprint": "m", "task": "t1"})
+    assert was_fitted_on(made, {"fingerprint": "m", "compress_at": "prompt", "task": "t0"})
+    assert not was_fitted_on(made, {"fingerprint": "m", "compress_at": "prompt", "task": "t1"})
+
+
+def habits(seed: int, own: np.ndarray, compress_at: str = "prompt", model: str = "m") -> Confirmed:
+    """A pair whose policies do better or worse than their figures say, by `own` (N,) on the logit."""
+    made = pair(seed)
+    index = 2.0 - 2.0 * np.log1p(made.figures["harm"]) - made.figures["evidence"] + own[:, None]
+    real = np.random.default_rng(seed).binomial(TOKENS, 1 / (1 + np.exp(-index))) / TOKENS
+    source = {"model": model, "compress_at": compress_at, "task": f"t{seed}"}
+    return replace(made, real=real, methods=tuple(f"p{i}" for i in range(N)), source=source)
+
+
+def predict(found: Any, judged: Confirmed) -> np.ndarray:
+    model, mode = judged.source["model"], judged.source["compress_at"]
+    return np.asarray(found.predict_policies(judged.figures, model, mode, judged.methods, judged.shares)).mean(1)
+
+
+def test_what_policies_do_beyond_their_figures_is_carried_over() -> None:
+    own = np.random.default_rng(7).normal(0, 1.5, N)
+    found = fit_calibration([habits(seed, own) for seed in range(4)])
+    judged = habits(50, own)
+    real, curve = judged.real.mean(1), found.predict(judged.figures).mean(1)
+    assert np.abs(predict(found, judged) - real).mean() < 0.6 * np.abs(curve - real).mean()
+    # and the promised interval is as narrow as that, as it comes from pairs whose policies were confirmed elsewhere
+    strangers = fit_calibration([replace(habits(s, own), methods=tuple(f"{s}-{i}" for i in range(N))) for s in range(4)])
+    assert found.half_width < 0.8 * strangers.half_width
+
+
+def test_nothing_is_carried_over_to_another_mode_model_or_kind_of_prompt() -> None:
+    own = np.random.default_rng(7).normal(0, 1.5, N)
+    found = fit_calibration([habits(seed, own) for seed in range(2)])
+    for judged in (habits(50, own, compress_at="context"), habits(50, own, model="other")):
+        assert predict(found, judged) == pytest.approx(found.predict(judged.figures).mean(1), abs=0)
+    nameless = replace(habits(50, own), figures={"harm": habits(50, own).figures["harm"]})
+    assert predict(found, nameless) == pytest.approx(found.predict(nameless.figures).mean(1), abs=0)
+
+
+def test_files_of_before_have_no_errors_to_carry_over(tmp_path: Path) -> None:
+    path, made = tmp_path / "c.json", fit_calibration([pair(0), pair(1)])
+    write_calibration(path, made)
+    value = json.loads(path.read_text())
+    del value["residuals"]
+    path.write_text(json.dumps(value))
+    assert read_calibration(path) == replace(made, residuals=())

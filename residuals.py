@@ -1,0 +1,129 @@
+"""What confirmed runs say of single policies, beyond what the curve of a calibration predicts.
+
+A curve knows a policy by its figures only. Where two policies lose the same in figures, one may still do better for real, and does
+so again on the next task and length: its error on confirmed runs is carried over to the same policy, at shares of the prompt close
+to it, under the same model and query mode. Errors of few runs are drawn towards none (the mean of a partial pooling, as the
+posterior mean of a Gaussian process is, Rasmussen and Williams 2006, equation 2.23, with weights in place of the inverse kernel).
+
+Shapes: N configurations of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float64]
+#: distance of two shares, as the difference of their logarithms, at which a confirmed error counts 1 / e; from benchmarks/fidelity.py
+#: on the embedded model (anything from 0.2 to 0.5 does as well)
+SCALE = 0.3
+#: errors of no size that are averaged in: one confirmed error at the same share counts 1 / (1 + PRIOR)
+PRIOR = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where an error is carried over to: needles say nothing of texts, nor one model or query mode of another.
+
+    Attributes
+    ----------
+    model : str
+        Fingerprint.
+    compress_at : str
+    named : bool
+        Prompts name their evidence.
+    """
+
+    model: str
+    compress_at: str
+    named: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """Errors of a curve on one confirmed run.
+
+    Attributes
+    ----------
+    setting : Setting
+    methods : tuple of N str
+        Policies without their budget.
+    shares : tuple of N float
+        Kept share of the prompt, above 0.
+    errors : tuple of N float
+        Mean real accuracy less the curve's.
+    """
+
+    setting: Setting
+    methods: tuple[str, ...]
+    shares: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Residuals:
+        """Read what a file holds.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            It does not hold that.
+        """
+        found = cls(
+            Setting(str(value["setting"]["model"]), str(value["setting"]["compress_at"]), bool(value["setting"]["named"])),
+            tuple(map(str, value["methods"])),
+            tuple(map(float, value["shares"])),
+            tuple(map(float, value["errors"])),
+        )
+        numbers = [*found.shares, *found.errors]
+        if len({len(found.methods), len(found.shares), len(found.errors)}) != 1 or not np.isfinite(numbers).all():
+            raise ValueError("its errors do not fit together")
+        if min(found.shares, default=1.0) <= 0:
+            raise ValueError("a share is not above 0")
+        return found
+
+
+def carried_over(known: Sequence[Residuals], setting: Setting, methods: Sequence[str], shares: Sequence[float]) -> Float:
+    """Return what confirmed runs of a setting add to the curve's accuracy, shape (N,).
+
+    Two parts: what all policies of about that share have in common (the curve's level is off there), and what is the policy's own
+    beyond that. A policy that was never confirmed has the first only; without any run of the setting both are 0.
+
+    Parameters
+    ----------
+    known : sequence of Residuals
+    setting : Setting
+    methods : sequence of N str
+    shares : sequence of N float
+    """
+    alike = [each for each in known if each.setting == setting]
+    if not alike:
+        return np.zeros(len(methods))
+    at = np.log(np.concatenate([each.shares for each in alike]))
+    errors = np.concatenate([each.errors for each in alike])
+    own = errors - _smooth(at, errors, at)
+    wanted = np.log(np.asarray(shares, dtype=np.float64))
+    added = _smooth(at, errors, wanted)
+    confirmed = _places([method for each in alike for method in each.methods])
+    for method, mine in _places(methods).items():
+        if method in confirmed:
+            theirs = confirmed[method]
+            added[mine] += _smooth(at[theirs], own[theirs], wanted[mine])
+    return added
+
+
+def _places(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return name -> where it stands."""
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        found.setdefault(name, []).append(index)
+    return found
+
+
+def _smooth(at: Float, values: Float, wanted: Float) -> Float:
+    """Return the mean of values around each wanted place, drawn towards 0 where few are near."""
+    weights = np.exp(-np.abs(wanted[:, None] - at[None, :]) / SCALE)
+    return np.asarray(weights @ values / (weights.sum(1) + PRIOR))
