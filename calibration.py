@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,14 @@ HARMS = frozenset({"harm", "head_harm", "layer_harm"})
 #: what losing all of the evidence weighs in the risk, in powers of e of harm; anything from 4 to 16 ranks as well (docs/decisions.md)
 EVIDENCE_WEIGHT = 8.0
 HOW = "make one with kvtool analyze calibrate"
+
+
+class Where(NamedTuple):
+    """Runs that a prediction is for: fingerprint of the model, query mode, and prompt length that was asked for."""
+
+    model: str
+    compress_at: str
+    length: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +97,15 @@ class Calibration:
         return curve(self._index(figures))
 
     def predict_policies(
-        self, figures: Mapping[str, Float], model: str, compress_at: str, methods: Sequence[str], shares: Sequence[float]
+        self, figures: Mapping[str, Float], where: Where, methods: Sequence[str], shares: Sequence[float]
     ) -> Float:
         """Return the curve's predictions with what confirmed runs of the same policies add, shape (N, S).
 
         Parameters
         ----------
         figures : mapping of str to ndarray of shape (N, S)
-        model, compress_at : str
-            Fingerprint and query mode: errors are carried over within them only.
+        where : Where
+            What is predicted; errors are carried over within it.
         methods : sequence of N str
             Policies without their budget.
         shares : sequence of N float
@@ -113,7 +121,7 @@ class Calibration:
         DataError
             See `predict`.
         """
-        setting = Setting(model, compress_at, "evidence" in figures)
+        setting = Setting(where.model, where.compress_at, "evidence" in figures, where.length)
         return self.predict(figures) + carried_over(self.residuals, setting, methods, shares)[:, None]
 
     def interval(self, predicted: float) -> tuple[float, float]:

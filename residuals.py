@@ -1,8 +1,8 @@
 """What confirmed runs say of single policies, beyond what the curve of a calibration predicts.
 
 A curve knows a policy by its figures only. Where two policies lose the same in figures, one may still do better for real, and does
-so again on the next task and length: its error on confirmed runs is carried over to the same policy, at shares of the prompt close
-to it, under the same model and query mode. Errors of few runs are drawn towards none (the mean of a partial pooling, as the
+so again on the next task: its error on confirmed runs is carried over to the same policy, at shares of the prompt close to it, under
+the same model, query mode and prompt length. Errors of few runs are drawn towards none (the mean of a partial pooling, as the
 posterior mean of a Gaussian process is, Rasmussen and Williams 2006, equation 2.23, with weights in place of the inverse kernel).
 
 Shapes: N configurations of one run.
@@ -11,7 +11,7 @@ Shapes: N configurations of one run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ PRIOR = 0.25
 class Setting:
     """Where an error is carried over to: needles say nothing of texts, nor one model or query mode of another.
 
+    The order of policies on texts changes with the length (docs/decisions.md): between lengths only what all policies have in
+    common is carried over.
+
     Attributes
     ----------
     model : str
@@ -36,11 +39,14 @@ class Setting:
     compress_at : str
     named : bool
         Prompts name their evidence.
+    length : int or None
+        Prompt length that was asked for.
     """
 
     model: str
     compress_at: str
     named: bool
+    length: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,11 @@ class Residuals:
         KeyError, TypeError, ValueError
             It does not hold that.
         """
+        where, length = value["setting"], value["setting"]["length"]
         found = cls(
-            Setting(str(value["setting"]["model"]), str(value["setting"]["compress_at"]), bool(value["setting"]["named"])),
+            Setting(
+                str(where["model"]), str(where["compress_at"]), bool(where["named"]), length if length is None else int(length)
+            ),
             tuple(map(str, value["methods"])),
             tuple(map(float, value["shares"])),
             tuple(map(float, value["errors"])),
@@ -90,7 +99,8 @@ def carried_over(known: Sequence[Residuals], setting: Setting, methods: Sequence
     """Return what confirmed runs of a setting add to the curve's accuracy, shape (N,).
 
     Two parts: what all policies of about that share have in common (the curve's level is off there), and what is the policy's own
-    beyond that. A policy that was never confirmed has the first only; without any run of the setting both are 0.
+    beyond that. A policy that was never confirmed has the first only. The first comes from other lengths where this one was not
+    run; without any run of the setting both are 0.
 
     Parameters
     ----------
@@ -99,19 +109,21 @@ def carried_over(known: Sequence[Residuals], setting: Setting, methods: Sequence
     methods : sequence of N str
     shares : sequence of N float
     """
-    alike = [each for each in known if each.setting == setting]
+    here = [each for each in known if each.setting == setting]
+    alike = here or [each for each in known if replace(each.setting, length=setting.length) == setting]
     if not alike:
         return np.zeros(len(methods))
     at = np.log(np.concatenate([each.shares for each in alike]))
     errors = np.concatenate([each.errors for each in alike])
-    own = errors - _smooth(at, errors, at)
     wanted = np.log(np.asarray(shares, dtype=np.float64))
     added = _smooth(at, errors, wanted)
-    confirmed = _places([method for each in alike for method in each.methods])
-    for method, mine in _places(methods).items():
-        if method in confirmed:
-            theirs = confirmed[method]
-            added[mine] += _smooth(at[theirs], own[theirs], wanted[mine])
+    if here:
+        own = errors - _smooth(at, errors, at)
+        confirmed = _places([method for each in here for method in each.methods])
+        for method, mine in _places(methods).items():
+            if method in confirmed:
+                theirs = confirmed[method]
+                added[mine] += _smooth(at[theirs], own[theirs], wanted[mine])
     return added
 
 

@@ -54,7 +54,8 @@ class Confirmed:
     @property
     def setting(self) -> Setting:
         """Where errors are carried over to."""
-        return Setting(str(self.source["model"]), str(self.source["compress_at"]), bool(self.figures["named"].any()))
+        named = bool(self.figures["named"].any())
+        return Setting(str(self.source["model"]), str(self.source["compress_at"]), named, self.source["length"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,8 @@ def _residuals(fit: _Fit, pair: Confirmed) -> Residuals:
 def _predict(fit: _Fit, seen: Sequence[Confirmed], unseen: Confirmed) -> Float:
     """Return the means of a pair, shape (N,), from a fit and the errors of the pairs that it saw."""
     known = [_residuals(fit, pair) for pair in seen]
-    return fit.predict(unseen.figures).mean(1) + carried_over(known, unseen.setting, unseen.methods, unseen.shares)
+    added = carried_over(known, unseen.setting, unseen.methods, unseen.shares)
+    return np.asarray(fit.predict(unseen.figures).mean(1) + added, dtype=np.float64)
 
 
 def _errors(predicted: Float, pair: Confirmed) -> tuple[Float, Float]:

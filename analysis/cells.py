@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvtool.analysis.load import Float, Reality, Simulation, check_belongs
+from kvtool.calibration import Where
 
 if TYPE_CHECKING:
     from kvtool.calibration import Calibration
@@ -194,9 +195,10 @@ def _predicted(rows: list[dict[str, Any]], reality: Reality, calibration: Calibr
     figures = {name: np.asarray([row["per_sample"][name] for row in rows], dtype=np.float64) for name in names}
     figures["retention"] = np.asarray([[row["retention"]] * figures["harm"].shape[1] for row in rows])
     if calibration is not None:
-        where = (str(reality.config.get("fingerprint")), str(reality.config.get("compress_at")))
+        config = reality.config
+        where = Where(str(config.get("fingerprint")), str(config.get("compress_at")), config.get("length"))
         shares = [row["retention"] for row in rows]
-        figures["calibrated"] = calibration.predict_policies(figures, *where, [row["method"] for row in rows], shares)
+        figures["calibrated"] = calibration.predict_policies(figures, where, [row["method"] for row in rows], shares)
     if all(row.get("refined") for row in rows):
         for name in ("nll", "accuracy"):
             figures[f"refined_{name}"] = np.asarray([row["refined"]["per_sample"][name] for row in rows], dtype=np.float64)

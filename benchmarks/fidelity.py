@@ -33,8 +33,6 @@ MODES = ("prompt", "context")
 LENGTH, PROMPTS, SEED = 1024, 100, 0
 #: captures of other prompts: as a user would make them before prompts are known
 OTHER_PROMPTS, OTHER_SEED = 32, 1000
-#: shorter runs of other prompts, which a calibration may be fitted on instead of runs at the judged length
-SHORT, SHORT_PROMPTS, SHORT_SEED = 512, 48, 2000
 #: head importance comes from needle prompts of a third seed
 HEADS_PROMPTS, HEADS_SEED = 16, 500
 #: judged prompts on which masked forwards are compared with the real cache
@@ -114,16 +112,6 @@ def make_cell(loaded: LoadedModel, work: Path, name: str, mode: Any, texts: list
     check_exact(loaded, folder, texts)
 
 
-def make_short_cell(loaded: LoadedModel, work: Path, name: str, mode: Any, texts: list[str]) -> None:
-    """Run and simulate shorter prompts of a task, of another seed: what a calibration across lengths is fitted on."""
-    task, folder = TASKS[name], work / f"{name}-{mode}-short"
-    samples = load_task(task, loaded.tokenizer, SHORT_PROMPTS, SHORT, SHORT_SEED)
-    config = InferConfig(task, loaded.info.model_id, SHORT_PROMPTS, SHORT, SHORT_SEED, mode, generate=False)
-    run_infer(config, loaded, samples, expand_policies(texts, BUDGETS, real=True), folder / "run")
-    capture(loaded, task, SHORT_PROMPTS, SHORT_SEED, mode, folder / "same.h5", SHORT)
-    run_simulate(SimulateConfig(str(folder / "same.h5"), tuple(texts), BUDGETS), folder / "sim-same")
-
-
 def main() -> None:
     work = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -137,7 +125,6 @@ def main() -> None:
         for name in TASKS:
             for mode in MODES:
                 make_cell(loaded, here, name, mode, policy_texts(here / "heads.json"))
-                make_short_cell(loaded, here, name, mode, policy_texts(here / "heads.json"))
         (here / "done.json").write_text(json.dumps({"model": loaded.info.fingerprint}))
 
 

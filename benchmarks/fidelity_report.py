@@ -2,8 +2,7 @@
 
     python benchmarks/fidelity_report.py WORK_FOLDER [MODEL ...]
 
-A calibration is fitted on runs of the same model (both query modes): on the other tasks, never the one that it is judged on; or on
-shorter prompts of another seed. Writes
+A calibration is fitted on the other tasks of the same model (both query modes), never on the task that it is judged on. Writes
 ``results/fidelity.md`` and ``results/fidelity.json``; cells that are not finished are left out and named.
 """
 
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fidelity import MODES, SHORT, SHORT_PROMPTS, TASKS
+from fidelity import MODES, TASKS
 
 from kvtool.analysis.calibrate import run_calibrate
 from kvtool.analysis.cells import build_cells
-from kvtool.analysis.fidelity import Agreement, measure_agreement
+from kvtool.analysis.fidelity import measure_agreement
 from kvtool.analysis.fidelity_report import agreement_table, cell_table, headline
 from kvtool.analysis.load import load_reality, load_simulation
 from kvtool.calibration import Calibration, read_calibration
@@ -37,34 +36,22 @@ LABELS = {
     "other": "capture of 32 other prompts",
     "refined": "the same 32 other prompts, every configuration refined by masked forwards",
 }
-FITTED = {
-    "tasks": "calibrated on the other tasks at the same length",
-    "short": f"calibrated on {SHORT_PROMPTS} prompts of {SHORT} tokens of another seed",
-}
 
 
-def finished(work: Path, label: str, short: bool = False) -> dict[str, list[tuple[Path, Path]]]:
+def finished(work: Path, label: str) -> dict[str, list[tuple[Path, Path]]]:
     """Return task -> pairs of folders that are there."""
     found: dict[str, list[tuple[Path, Path]]] = {}
     for task in TASKS:
         for mode in MODES:
-            folder = work / f"{task}-{mode}{'-short' if short else ''}"
+            folder = work / f"{task}-{mode}"
             if (folder / f"sim-{label}" / "ranking.jsonl").exists():
                 found.setdefault(task, []).append((folder / f"sim-{label}", folder / "run"))
     return found
 
 
-def calibrations(work: Path, how: str) -> dict[str, Calibration | None]:
-    """Return task -> calibration that has not seen it, or saw it at another length only; None where there is nothing to fit on."""
-    pairs, fitted = finished(work, "same", short=how == "short"), dict[str, Calibration | None]()
-    if how == "short":
-        path = work / "calibration-short.json"
-        made = (
-            read_calibration(run_calibrate([pair for each in pairs.values() for pair in each], path).path)
-            if len(pairs) == len(TASKS)
-            else None
-        )
-        return dict.fromkeys(TASKS, made)
+def calibrations(work: Path, pairs: dict[str, list[tuple[Path, Path]]]) -> dict[str, Calibration | None]:
+    """Return task -> calibration fitted on all other tasks; None where there is no other."""
+    fitted: dict[str, Calibration | None] = {}
     for task in pairs:
         others = [pair for other, each in pairs.items() if other != task for pair in each]
         path = work / f"calibration-without-{task}.json"
@@ -92,37 +79,32 @@ def coverage(cells: list[Any], pairs: dict[str, list[tuple[Path, Path]]], fitted
         if calibration is not None:
             gap = np.abs(cell.predicted["calibrated"].mean(1) - cell.real["answer_accuracy"].mean(1))
             inside, n = inside + int((gap <= calibration.half_width).sum()), n + len(gap)
-    return f"{inside} of {n} intervals of the calibration hold the real mean" if n else "no calibration"
+    return f"{inside} of {n} intervals of a calibration from other tasks hold the real mean" if n else "no calibration"
 
 
 def report(work: Path) -> tuple[str, dict[str, Any]]:
     """Return Markdown and figures of one model."""
     parts, value = [f"# {work.name}"], dict[str, Any]()
     for label, words in LABELS.items():
-        for how, fitted_words in FITTED.items():
-            pairs, fitted = finished(work, label), calibrations(work, how)
-            if not pairs or (how == "short" and not any(fitted.values())):
+        pairs = finished(work, label)
+        if not pairs:
+            continue
+        fitted = calibrations(work, finished(work, "same"))
+        cells = cells_of(pairs, fitted)
+        parts.append(
+            f"## {words}\n\n{sum(map(len, pairs.values()))} runs: {', '.join(pairs)}; {coverage(cells, pairs, fitted)}"
+        )
+        for truth in TRUTHS:
+            try:
+                agreement = measure_agreement(cells, truth, DRAWS, 0)
+            except DataError as error:
+                parts.append(f"{truth}: {error}")
                 continue
-            cells = cells_of(pairs, fitted)
-            n_runs = sum(map(len, pairs.values()))
-            parts.append(f"## {words}; {fitted_words}\n\n{n_runs} runs: {', '.join(pairs)}; {coverage(cells, pairs, fitted)}")
-            for truth in TRUTHS if how == "tasks" else TRUTHS[:1]:
-                tables, agreement = judge(cells, truth)
-                parts += tables
-                if agreement is not None:
-                    value[f"{label}, {truth}" + (", short" if how == "short" else "")] = asdict(agreement)
+            value[f"{label}, {truth}"] = asdict(agreement)
+            parts += [f"### {headline(agreement)}", markdown_grid(*agreement_table(agreement, wide=True))]
+            parts.append(f"<details><summary>every budget</summary>\n\n{markdown_grid(*cell_table(agreement))}\n\n</details>")
     parts += [exactness(work)]
     return "\n\n".join(parts), value
-
-
-def judge(cells: list[Any], truth: str) -> tuple[list[str], Agreement | None]:
-    """Return the tables of one real figure, and what they are made of; words and None where it cannot be judged."""
-    try:
-        agreement = measure_agreement(cells, truth, DRAWS, 0)
-    except DataError as error:
-        return [f"{truth}: {error}"], None
-    every = f"<details><summary>every budget</summary>\n\n{markdown_grid(*cell_table(agreement))}\n\n</details>"
-    return [f"### {headline(agreement)}", markdown_grid(*agreement_table(agreement, wide=True)), every], agreement
 
 
 def exactness(work: Path) -> str:

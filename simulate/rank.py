@@ -19,7 +19,7 @@ from kvtool.simulate.evaluate import Prediction
 from kvtool.simulate.pareto import pareto_front
 
 if TYPE_CHECKING:
-    from kvtool.calibration import Calibration
+    from kvtool.calibration import Calibration, Where
     from kvtool.models import ModelInfo
     from kvtool.policies import Policy
 
@@ -124,7 +124,7 @@ def rank_rows(
     n_compressible: Sequence[int],
     weights: Float,
     calibration: Calibration | None = None,
-    compress_at: str = "prompt",
+    where: Where | None = None,
 ) -> list[Row]:
     """Aggregate over samples and rank.
 
@@ -138,8 +138,8 @@ def rank_rows(
     weights : ndarray of shape (draws, S)
     calibration : Calibration, optional
         Adds the predicted accuracy, and ranks by it.
-    compress_at : str
-        Query mode of the samples; a calibration carries errors over within it.
+    where : Where, optional
+        What the samples are of; needed with a calibration, which carries errors over within it.
 
     Returns
     -------
@@ -149,8 +149,8 @@ def rank_rows(
     # Two bytes for each number of a key and of a value, in all KV heads of the sample's compressible layers.
     entry_bytes = 2 * 2 * info.head_dim * info.n_kv_heads * np.asarray(n_compressible)
     rows = [_row(policy, [sample[i] for sample in predictions], entry_bytes, weights) for i, policy in enumerate(policies)]
-    if calibration is not None:
-        _calibrate([row for row in rows if row.status == "ok"], calibration, info.fingerprint, compress_at)
+    if calibration is not None and where is not None:
+        _calibrate([row for row in rows if row.status == "ok"], calibration, where)
     budgets: dict[str, list[Row]] = {}
     for row in rows:
         if row.status == "ok" and not row.yardstick:
@@ -206,13 +206,13 @@ def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray
     return row
 
 
-def _calibrate(rows: Sequence[Row], calibration: Calibration, model: str, compress_at: str) -> None:
+def _calibrate(rows: Sequence[Row], calibration: Calibration, where: Where) -> None:
     if not rows:
         return
     names = [name for name in KEPT if all(name in row.per_sample for row in rows)]
     figures = {name: np.asarray([row.per_sample[name] for row in rows], dtype=np.float64) for name in names}
     shares = [row.retention for row in rows]
-    predicted = calibration.predict_policies(figures, model, compress_at, [row.method for row in rows], shares)
+    predicted = calibration.predict_policies(figures, where, [row.method for row in rows], shares)
     for row, values in zip(rows, predicted, strict=True):
         row.predicted = min(max(float(values.mean()), 0.0), 1.0)
         row.predicted_low, row.predicted_high = calibration.interval(row.predicted)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.calibration import read_calibration
+from kvtool.calibration import Where, read_calibration
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, config_hash, open_run, read_records, write_text
 from kvtool.policies import Policy, expand_policies, refuse_impossible
@@ -184,8 +184,8 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
         predictions = _predict(capture, policies, folder / "predictions.jsonl", config.jobs)
         weights = resample_weights(len(capture.samples), config.draws, config.seed)
         n_compressible = [sum(s.compressible) for s in capture.samples]
-        mode = capture.samples[0].compress_at
-        rows = rank_rows(policies, predictions, capture.model, n_compressible, weights, calibration, mode)
+        where = Where(capture.model.fingerprint, capture.samples[0].compress_at, capture.config.get("length"))
+        rows = rank_rows(policies, predictions, capture.model, n_compressible, weights, calibration, where)
         shortlist = make_shortlist(rows, weights, config.shortlist_cap, calibration.gap_width if calibration else 0.0)
         n_refined = _refine(config, capture, loaded, rows, folder / "refined.jsonl") if loaded is not None else 0
         title = f"{capture.model.model_id}, {capture.config.get('task')}, {len(capture.samples)} prompts"

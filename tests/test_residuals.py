@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvtool.residuals import PRIOR, SCALE, Residuals, Setting, carried_over
 
-HERE = Setting("model", "prompt", True)
+HERE = Setting("model", "prompt", True, 512)
 shares = st.floats(0.001, 1.0)
 errors = st.floats(-1.0, 1.0)
 runs = st.lists(st.lists(st.tuples(st.sampled_from("abc"), shares, errors), min_size=1, max_size=6), min_size=1, max_size=3)
@@ -54,11 +54,21 @@ def test_a_policy_that_was_confirmed_often_keeps_its_error_and_a_stranger_gets_t
 
 
 @pytest.mark.parametrize(
-    "other", [Setting("model", "context", True), Setting("other", "prompt", True), Setting("model", "prompt", False)]
+    "other",
+    [Setting("model", "context", True, 512), Setting("other", "prompt", True, 512), Setting("model", "prompt", False, 512)],
 )
 def test_other_settings_get_nothing(other: Setting) -> None:
     assert carried_over([made([("a", 0.05, 0.3)])], other, ["a"], [0.05]).tolist() == [0.0]
     assert carried_over([], HERE, [], []).shape == (0,)
+
+
+def test_between_lengths_only_the_level_is_carried_over() -> None:
+    known = [made([("a", 0.05, 0.3), ("b", 0.05, -0.1)])] * 100
+    longer = replace(HERE, length=1024)
+    assert carried_over(known, longer, ["a", "b"], [0.05] * 2) == pytest.approx([0.1, 0.1], abs=0.001)
+    # Runs of the length itself take the place of those of other lengths.
+    both = [*known, *[made([("a", 0.05, -0.2)], longer)] * 100]
+    assert carried_over(both, longer, ["a", "b"], [0.05] * 2) == pytest.approx([-0.2, -0.2], abs=0.002)
 
 
 @pytest.mark.parametrize(

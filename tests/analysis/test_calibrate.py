@@ -13,7 +13,7 @@ import pytest
 from kvtool.analysis.calibrate import Confirmed, fit_calibration, run_calibrate
 from kvtool.analysis.fidelity_report import run_fidelity, was_fitted_on
 from kvtool.analysis.load import load_simulation
-from kvtool.calibration import FEATURES, read_calibration, risk, with_evidence, write_calibration
+from kvtool.calibration import FEATURES, Where, read_calibration, risk, with_evidence, write_calibration
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, open_run
 
@@ -27,7 +27,10 @@ def pair(seed: int, shift: float = 0.0) -> Confirmed:
     figures = {"harm": harm, "evidence": rng.uniform(0, 1, (N, S))}
     real = rng.binomial(TOKENS, truth(figures, shift)) / TOKENS
     # Every pair has policies of its own: nothing is carried over but the level.
-    methods, source = tuple(f"p{seed}-{i}" for i in range(N)), {"model": "m", "compress_at": "prompt", "task": f"t{seed}"}
+    methods, source = (
+        tuple(f"p{seed}-{i}" for i in range(N)),
+        {"model": "m", "compress_at": "prompt", "length": 512, "task": f"t{seed}"},
+    )
     return Confirmed(with_evidence(figures), real, ("5%", "10%") * (N // 2), methods, (0.05, 0.1) * (N // 2), source)
 
 
@@ -99,10 +102,7 @@ def test_few_pairs_promise_less_and_give_the_largest_error() -> None:
     pairs = [pair(seed) for seed in range(3)]
     found = fit_calibration(pairs)
     assert found.level == 0.75
-    left_out = [
-        np.abs(predict(fit_calibration([p for p in pairs if p is not out]), out) - out.real.mean(1))
-        for out in pairs
-    ]
+    left_out = [np.abs(predict(fit_calibration([p for p in pairs if p is not out]), out) - out.real.mean(1)) for out in pairs]
     assert found.half_width == pytest.approx(np.max(left_out), abs=1e-6)
 
 
@@ -202,22 +202,22 @@ def test_other_prompts_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_calibration_was_fitted_on_is_known() -> None:
     made = fit_calibration([pair(0)])
-    assert was_fitted_on(made, {"fingerprint": "m", "compress_at": "prompt", "task": "t0"})
-    assert not was_fitted_on(made, {"fingerprint": "m", "compress_at": "prompt", "task": "t1"})
+    assert was_fitted_on(made, {"fingerprint": "m", "compress_at": "prompt", "length": 512, "task": "t0"})
+    assert not was_fitted_on(made, {"fingerprint": "m", "compress_at": "prompt", "length": 512, "task": "t1"})
 
 
-def habits(seed: int, own: np.ndarray, compress_at: str = "prompt", model: str = "m") -> Confirmed:
+def habits(seed: int, own: np.ndarray, compress_at: str = "prompt", model: str = "m", length: int = 512) -> Confirmed:
     """A pair whose policies do better or worse than their figures say, by `own` (N,) on the logit."""
     made = pair(seed)
     index = 2.0 - 2.0 * np.log1p(made.figures["harm"]) - made.figures["evidence"] + own[:, None]
     real = np.random.default_rng(seed).binomial(TOKENS, 1 / (1 + np.exp(-index))) / TOKENS
-    source = {"model": model, "compress_at": compress_at, "task": f"t{seed}"}
+    source = {"model": model, "compress_at": compress_at, "length": length, "task": f"t{seed}"}
     return replace(made, real=real, methods=tuple(f"p{i}" for i in range(N)), source=source)
 
 
 def predict(found: Any, judged: Confirmed) -> np.ndarray:
-    model, mode = judged.source["model"], judged.source["compress_at"]
-    return np.asarray(found.predict_policies(judged.figures, model, mode, judged.methods, judged.shares)).mean(1)
+    where = Where(judged.source["model"], judged.source["compress_at"], judged.source["length"])
+    return np.asarray(found.predict_policies(judged.figures, where, judged.methods, judged.shares)).mean(1)
 
 
 def test_what_policies_do_beyond_their_figures_is_carried_over() -> None:
