@@ -32,12 +32,37 @@ def save_canvas(canvas: Any, folder: Path, name: str, dpi: int = 150) -> list[Pa
     import matplotlib
 
     files = []
+    layout, dpi_before, backend = canvas.get_layout_engine(), canvas.dpi, canvas.canvas
     # Text stays text, ids come from the name; the PDF embeds outlines that every viewer has.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "pdf.fonttype": 42}):
-        for ending, metadata in FORMATS.items():
-            buffer = io.BytesIO()
-            canvas.savefig(buffer, format=ending, dpi=dpi, metadata=metadata)
-            path, content = folder / f"{name}.{ending}", buffer.getvalue()
-            write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
-            files.append(path)
+        try:
+            # Laid out once, and so alike in all formats; savefig would lay out and draw anew for each.
+            canvas.dpi = dpi
+            canvas.draw_without_rendering()
+            canvas.set_layout_engine("none")
+            for ending in FORMATS:
+                canvas.dpi = dpi
+                path, content = folder / f"{name}.{ending}", _render(canvas, ending)
+                write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+                files.append(path)
+        finally:
+            canvas.set_layout_engine(layout or "none")
+            canvas.set_canvas(backend)
+            canvas.dpi = dpi_before
     return files
+
+
+def _render(canvas: Any, ending: str) -> bytes:
+    """Return a figure as it is laid out as the bytes of a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer, metadata = io.BytesIO(), FORMATS[ending]
+    if ending == "png":
+        FigureCanvasAgg(canvas).print_png(buffer, metadata=metadata)
+    elif ending == "svg":
+        FigureCanvasSVG(canvas).print_svg(buffer, metadata=metadata)
+    else:
+        FigureCanvasPdf(canvas).print_pdf(buffer, metadata=metadata)
+    return buffer.getvalue()

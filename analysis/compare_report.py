@@ -22,19 +22,22 @@ from kvtool.analysis.compare import (
     noise_rows,
     pair_rows,
 )
-from kvtool.analysis.consistency import find_policy
+from kvtool.analysis.consistency import document, find_policy
 from kvtool.analysis.controls import load_comparable, settings
 from kvtool.analysis.load import Reality
 from kvtool.analysis.look_figures import compare_figure
 from kvtool.analysis.plain import columns, csv_text, ends, finite
-from kvtool.analysis.resampling import METHODS
+from kvtool.analysis.resampling import HOW, METHODS
+from kvtool.analysis.statistics import DRAWS as MOST_DRAWS
 from kvtool.analysis.statistics import Interval
 from kvtool.errors import ConfigError
 from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid, markdown_grid
+from kvtool.textgrid import grid, markdown_grid, save_tables
 
 SCHEMA = "kvtool.compare/1"
 WORDS = {"answer_accuracy": "accuracy", "answer_exact": "exact", "answer_nll": "nll", "answer_margin": "margin"}
+#: Kinds of bootstrap that can be asked for, in words.
+KINDS = {"bca": "bias-corrected and accelerated percentiles (BCa)", "percentile": "plain percentiles"}
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -73,6 +76,13 @@ class CompareSummary:
         parts += [grid(*pair_table(clear[:20]))] if clear else []
         parts += [grid(*noise_table(self.noise, self.figures))] if self.noise else []
         return "\n\n".join([*parts, "\n".join([*self.notes, f"{self.folder / 'compare.md'}"])])
+
+    def tables(self) -> list[tuple[str, Table]]:
+        """Return heading and table of each figure, of the pairs that differ, and of what was run again."""
+        found = [(figure, versus_table(self.rows, figure, self.baseline)) for figure in self.figures]
+        if clear := sorted((row for row in self.pairs if row.p_holm < LEVEL), key=lambda row: row.p_holm):
+            found.append(("Pairs within a budget that differ", pair_table(clear)))
+        return [*found, *([("A/A: the same configuration again", noise_table(self.noise, self.figures))] if self.noise else [])]
 
     def markdown(self) -> str:
         """Return all tables as Markdown."""
@@ -115,7 +125,7 @@ def run_compare(
     """
     how = how or Draws()
     if how.method not in METHODS:
-        raise ConfigError(f"interval {how.method!r}; choose {' or '.join(METHODS)}")
+        raise ConfigError(f"interval {how.method!r}; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     realities, notes = load_comparable(folders)
     joined = Joined.of(realities)
     start = find_policy(_holder(realities, baseline), baseline)
@@ -132,8 +142,8 @@ def run_compare(
         tuple(noise_rows(joined, chosen, how)),
         (*_notes(joined, rows, start, chosen, how), *notes),
     )
-    write_text(out / "compare.md", summary.markdown())
-    write_text(out / "compare.csv", csv_of(rows, chosen))
+    title = f"Comparison with {start}"
+    save_tables(out, "compare", title, summary.tables(), csv_of(rows, chosen), summary.notes, summary.markdown())
     write_text(out / "pairs.csv", pairs_csv(summary.pairs))
     write_text(out / "scores.csv", scores_csv(joined))
     write_json(out / "compare.json", _json(summary, realities, how))
@@ -150,9 +160,11 @@ def _holder(realities: Sequence[Reality], name: str) -> Reality:
 
 def _notes(joined: Joined, rows: Sequence[CompareRow], baseline: str, figures: Sequence[str], how: Draws) -> list[str]:
     n, n_documents = len(joined.samples), joined.documents.n
-    bootstrap = "BCa bootstrap" if how.method == "bca" else "percentile bootstrap"
-    what = f"95 % intervals: Wilson for 0/1 figures (Newcombe for their differences), else {bootstrap}"
-    notes = [f"{n} samples of {n_documents} documents; {what}, {how.n} draws of whole documents, seed {how.seed}"]
+    what = HOW if how.method == METHODS[0] else HOW.replace("expanded percentiles", KINDS[how.method])
+    draws = min(how.n, MOST_DRAWS) if how.method == METHODS[0] else how.n
+    notes = [f"{n} samples of {n_documents} documents; {what}, {draws} draws of whole documents, seed {how.seed}"]
+    if len({document(record) for record in next(iter(joined.records.values()))}) == 1 < n:
+        notes[0] = f"{n} samples of one document, taken for independent; {what}, {draws} draws, seed {how.seed}"
     notes.append(
         "p: paired, signs of documents flipped (McNemar's exact test for 0/1 figures); Holm: corrected for all policies of a figure"
     )

@@ -15,7 +15,7 @@ from kvtool.analysis.resampling import DRAWS, Documents
 from kvtool.analysis.review import choose, read_prompts, review_csv, review_page
 from kvtool.analysis.statistics import Interval
 from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid, markdown_grid
+from kvtool.textgrid import grid, save_tables
 
 SCHEMA = "kvtool.consistency/1"
 HEADER = ["policy", "kept", "n", "exact (95 %)", "token F1 (95 %)", "edit similarity (95 %)", "diverges at"]
@@ -92,9 +92,7 @@ def run_consistency(
     summary = ConsistencySummary(
         out, name, tuple(rows), len(pairs), len(chosen), sum(bool(pair.flip) for pair in pairs), tuple(notes)
     )
-    write_text(out / "consistency.csv", csv_of(rows))
-    lines = ["# Consistency with " + name, markdown_grid(*table(rows)), "\n".join(f"- {note}" for note in notes)]
-    write_text(out / "consistency.md", "\n\n".join(lines) + "\n")
+    save_tables(out, "consistency", f"Consistency with {name}", [("", table(rows))], csv_of(rows), notes)
     write_text(out / "review.csv", review_csv(pairs, prompts))
     write_text(out / "review.html", review_page(chosen, prompts, _facts(reality, name), len(pairs), seed))
     settings = {"right_from": right_from, "draws": draws, "seed": seed, "reference": name}

@@ -13,10 +13,11 @@ from kvtool.analysis.cells import TRUTHS, Cell, LeftOut, build_cells
 from kvtool.analysis.controls import check_decoding
 from kvtool.analysis.fidelity import ORDER_LEVEL, Agreement, measure_agreement
 from kvtool.analysis.load import load_reality, load_simulation
+from kvtool.analysis.plain import columns, ends
 from kvtool.calibration import Calibration, read_calibration
 from kvtool.errors import DataError
-from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid, markdown_grid
+from kvtool.files import write_json
+from kvtool.textgrid import csv_text, grid, markdown_grid, save_tables
 
 #: real figures whose agreement the command prints; the files hold all
 SHOWN = ("answer_accuracy", "score", "answer_nll")
@@ -108,6 +109,8 @@ class FidelitySummary:
 
 
 Table = tuple[list[str], list[list[str]]]
+#: Tops that tables and data have.
+TOPS = ("top1", "top3", "top16")
 
 
 def headline(agreement: Agreement) -> str:
@@ -126,7 +129,7 @@ def headline(agreement: Agreement) -> str:
 
 def agreement_table(agreement: Agreement, wide: bool = False) -> Table:
     """Return header and rows, one row per predictor; `wide` adds the tops 1 and 16 and all intervals."""
-    a, tops = agreement, ("top1", "top3", "top16") if wide else ("top3",)
+    a, tops = agreement, TOPS if wide else ("top3",)
     header = ["predictor", "tau (95 %)", "of perfect", "- recall (95 %)", "right"]
     for top in tops:
         header += [f"regret {top[3:]}", f"as good {top[3:]}", f"tied best in {top[3:]}"]
@@ -224,7 +227,9 @@ def run_fidelity(
     summary = FidelitySummary(len(cells), left_out, paired, agreements, coverage, order_level)
     if out is not None:
         write_json(out / "fidelity.json", _plain(summary, cells, draws, seed))
-        write_text(out / "fidelity.md", summary.markdown())
+        tables = [*((a.truth, agreement_table(a, wide=True)) for a in summary.agreements)]
+        tables += [(f"By budget: {a.truth}", cell_table(a)) for a in summary.agreements]
+        save_tables(out, "fidelity", "Fidelity", tables, _data(summary), summary.notes(), summary.markdown())
     return summary
 
 
@@ -259,6 +264,21 @@ def _plain(summary: FidelitySummary, cells: Sequence[Cell], draws: int, seed: in
     note = "predicted_* and real_* carry a sign that makes larger better"
     whole = {"schema": "kvtool.fidelity/2", "draws": draws, "seed": seed, **asdict(summary), "note": note, "cells": listed}
     return _without_nan(whole)  # type: ignore[no-any-return]
+
+
+def _data(summary: FidelitySummary) -> str:
+    """Return the agreement as CSV, unrounded: a line per real figure and predictor."""
+    spreads = ["tau", "advantage", "right", *(f"regret_{top}" for top in TOPS), *(f"tied_best_recall_{top}" for top in TOPS)]
+    header = ["truth", "predictor", "cells", "ceiling", "perfect", *columns(spreads), *(f"as_good_{top}" for top in TOPS)]
+    lines: list[list[Any]] = []
+    for a in summary.agreements:
+        for name, tau in a.tau.items():
+            found = [tau, a.advantage.get(name), a.resolved.get(name), *(a.regret[name].get(top) for top in TOPS)]
+            found += [a.tied_best_recall[name].get(top) for top in TOPS]
+            cells = [cell for interval in found for cell in ends(interval)]
+            good = [a.as_good[name].get(top) for top in TOPS]
+            lines.append([a.truth, name, a.n_cells_of[name], a.ceiling.mean, a.perfect, *cells, *good])
+    return csv_text(header, lines)
 
 
 def _without_nan(value: Any) -> Any:

@@ -18,9 +18,10 @@ from kvtool.analysis.look_figures import hiv_figure
 from kvtool.analysis.plain import columns, csv_text, ends, finite
 from kvtool.analysis.statistics import Interval
 from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid, markdown_grid
+from kvtool.textgrid import grid, markdown_grid, save_tables
 
 SCHEMA = "kvtool.hiv/1"
+TITLE = "Head-importance variance (HIV)"
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -53,14 +54,19 @@ class HivSummary:
 
     def markdown(self) -> str:
         """Return all tables as Markdown."""
-        parts = ["# Head-importance variance (HIV)", "\n".join(f"- {note}" for note in self.notes)]
-        for name, changed in self.found.changed.items():
-            parts += [f"## {name}", markdown_grid(*change_table(changed, tuple(NAMES)))]
-            parts += ["\n".join(f"- {row.message}" for row in changed if row.message)]
-        parts += ["## Head Specialization Score", markdown_grid(*heads_table(self.found.heads))]
-        if self.found.patterns:
-            parts += ["## Kinds of prompts against each other", markdown_grid(*patterns_table(self.found.patterns))]
+        parts = [f"# {TITLE}", "\n".join(f"- {note}" for note in self.notes)]
+        for heading, table in self.tables():
+            parts += [f"## {heading}", markdown_grid(*table)]
+            parts += ["\n".join(f"- {row.message}" for row in self.found.changed.get(heading, ()) if row.message)]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def tables(self) -> list[tuple[str, Table]]:
+        """Return heading and table of each part: the kinds of prompts, how heads specialize, the kinds against each other."""
+        found = [(name, change_table(changed, tuple(NAMES))) for name, changed in self.found.changed.items()]
+        found.append(("Head Specialization Score", heads_table(self.found.heads)))
+        if self.found.patterns:
+            found.append(("Kinds of prompts against each other", patterns_table(self.found.patterns)))
+        return found
 
 
 def write_hiv(folder: Path, sources: dict[str, Path], cut: tuple[int, int], draws: int = 1000, seed: int = 0) -> HivSummary:
@@ -84,8 +90,7 @@ def write_hiv(folder: Path, sources: dict[str, Path], cut: tuple[int, int], draw
     found = measure_hiv(records, draws, seed)
     notes = _notes(records, cut, draws, seed)
     summary = HivSummary(folder, found, tuple(notes))
-    write_text(folder / "hiv.md", summary.markdown())
-    write_text(folder / "hiv.csv", changed_csv(found.changed))
+    save_tables(folder, "hiv", TITLE, summary.tables(), changed_csv(found.changed), notes, summary.markdown())
     write_text(folder / "heads.csv", heads_csv(found.heads))
     if found.patterns:
         write_text(folder / "patterns.csv", patterns_csv(found.patterns))

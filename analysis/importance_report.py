@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from kvtool.analysis.importance import (
 )
 from kvtool.analysis.statistics import Interval, percentile_interval
 from kvtool.files import write_json, write_text
-from kvtool.textgrid import grid, markdown_grid
+from kvtool.textgrid import csv_text, grid, markdown_grid, save_tables
 
 SCHEMA = "kvtool.importance/1"
 NAMES = {"kv_heads": "KV heads", "heads": "query heads"}
@@ -94,14 +92,19 @@ class ImportanceSummary:
     def markdown(self) -> str:
         """Return both levels as Markdown."""
         parts = ["# Importance of heads", "\n".join(f"- {note}" for note in self.notes)]
-        for level in LEVELS:
-            parts += [f"## Agreement over {NAMES[level]}", markdown_grid(*pair_table(self.pairs[level], self.n_top[level]))]
-            parts += [f"## Most important {NAMES[level]}", markdown_grid(*head_table(self.rows, level, 2 * SHOWN))]
-        if self.changed:
-            parts += ["## Under compression (HIV)", markdown_grid(*change_table(self.changed, LEVELS))]
-            parts += ["\n".join(f"- {row.message}" for row in self.changed if row.message)]
+        for heading, table in self.tables():
+            parts += [f"## {heading}", markdown_grid(*table)]
+        parts += ["\n".join(f"- {row.message}" for row in self.changed if row.message)]
         parts = [part for part in parts if part]
         return "\n\n".join(parts) + "\n"
+
+    def tables(self) -> list[tuple[str, Table]]:
+        """Return heading and table of each part."""
+        found = []
+        for level in LEVELS:
+            found.append((f"Agreement over {NAMES[level]}", pair_table(self.pairs[level], self.n_top[level])))
+            found.append((f"Most important {NAMES[level]}", head_table(self.rows, level, 2 * SHOWN)))
+        return [*found, *([("Under compression (HIV)", change_table(self.changed, LEVELS))] if self.changed else [])]
 
 
 Table = tuple[list[str], list[list[str]]]
@@ -146,10 +149,10 @@ def write_importance(
         {name: level.n_top for name, level in levels.items()},
         tuple(_notes(levels["heads"], records[0], facts)),
     )
-    write_text(folder / "importance.csv", csv_of(rows))
     if changed:
         write_text(folder / "hiv.csv", hiv_csv(changed))
-    write_text(folder / "importance.md", summary.markdown())
+    title = "Importance of heads"
+    save_tables(folder, "importance", title, summary.tables(), csv_of(rows), summary.notes, summary.markdown())
     plot_importance(levels, folder, f"{facts['model']['model_id']}, {facts['data']['task']}, {len(records[0])} prompts")
     # Last: other tools start from it, so it stands for a finished comparison.
     write_json(folder / "importance.json", _json(summary, levels, facts, draws, seed))
@@ -267,7 +270,7 @@ def _notes(level: Level, captured: Sequence[dict[str, Any]], facts: dict[str, An
 
 def csv_of(rows: Sequence[HeadRow]) -> str:
     """Return the heads as CSV: the data of the figure, too."""
-    return _csv(list(HeadRow.__dataclass_fields__), [list(asdict(row).values()) for row in rows])
+    return csv_text(list(HeadRow.__dataclass_fields__), [list(asdict(row).values()) for row in rows])
 
 
 def hiv_csv(changed: Sequence[Changed]) -> str:
@@ -284,11 +287,4 @@ def hiv_csv(changed: Sequence[Changed]) -> str:
             interval: Interval | None = getattr(row, name)
             cells += ["", "", ""] if interval is None else [interval.mean, interval.low, interval.high]
         lines.append(cells)
-    return _csv(header, lines)
-
-
-def _csv(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([header, *lines])
-    return buffer.getvalue()
+    return csv_text(header, lines)

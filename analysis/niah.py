@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from kvtool.analysis.statistics import mean_interval
 from kvtool.data.metrics import full_name
 from kvtool.errors import DataError
 from kvtool.executors.records import read_units
-from kvtool.files import read_run, write_text
-from kvtool.textgrid import figure, grid, markdown_grid
+from kvtool.files import read_run
+from kvtool.textgrid import figure, grid, save_tables
 
 FULL = "full"
-#: Depths of records that were not made on a grid are put into so many classes.
-DEPTH_CLASSES = 10
+#: Depths of records that were not made on a grid are put into so many classes, or into half as many where a class would hold fewer
+#: than `FEW` prompts of a length.
+DEPTH_CLASSES, FEW = 10, 3
 #: What to colour by where nothing was generated.
 ACCURACY = "answer_accuracy"
 
@@ -156,21 +156,26 @@ def read_needles(folders: Sequence[Path], metric: str | None = None) -> NeedleMa
             shown = "; ".join(f"{key}: {facts[0][key]} and {fact[key]}" for key in differing)
             raise DataError(f"{folders[0]} and {folder} do not belong together ({shown}); draw them one by one")
     name = _metric(records, metric)
-    cells = _cells(records, name)
+    cells = _cells(records, name, _classes(records))
     config = read_run(folders[0])["config"]
     tasks = dict.fromkeys(str(r["meta"]["task"]) for r in records)
     return NeedleMap(cells, ", ".join(tasks), str(config["model"]), name, str(config["compress_at"]), _order(records))
 
 
-def _depth(record: dict[str, Any]) -> float | None:
+def _classes(records: Sequence[dict[str, Any]]) -> int:
+    """Return the number of classes of depth: fewer where only a few prompts of a length would stand in each."""
+    prompts = Counter(length for length, _ in {(r["meta"]["length"], r["sample"]) for r in records})
+    return DEPTH_CLASSES if min(prompts.values()) >= FEW * DEPTH_CLASSES else DEPTH_CLASSES // 2
+
+
+def _depth(record: dict[str, Any], classes: int = DEPTH_CLASSES) -> float | None:
     """Return the depth that was asked for in percent, or the middle of the class of the real one."""
     meta = record["meta"]
     if "depth_asked" in meta:
         return float(meta["depth_asked"])
     if meta.get("depth") is None:
         return None
-    width = 100 / DEPTH_CLASSES
-    return (min(DEPTH_CLASSES - 1, int(float(meta["depth"]) * DEPTH_CLASSES)) + 0.5) * width
+    return (min(classes - 1, int(float(meta["depth"]) * classes)) + 0.5) * 100 / classes
 
 
 def _metric(records: Sequence[dict[str, Any]], metric: str | None) -> str:
@@ -211,10 +216,10 @@ def _order(records: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return tuple([FULL] * (FULL in sizes) + names)
 
 
-def _cells(records: Sequence[dict[str, Any]], metric: str) -> tuple[Cell, ...]:
+def _cells(records: Sequence[dict[str, Any]], metric: str, classes: int) -> tuple[Cell, ...]:
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for r in records:
-        groups.setdefault((r["policy"], int(r["meta"]["length"]), _depth(r) or 0.0), []).append(r)
+        groups.setdefault((r["policy"], int(r["meta"]["length"]), _depth(r, classes) or 0.0), []).append(r)
     cells = []
     for (policy, length, depth), mine in groups.items():
         bad = next((r["status"] for r in mine if r["status"] != "ok"), None)
@@ -228,14 +233,20 @@ def _cells(records: Sequence[dict[str, Any]], metric: str) -> tuple[Cell, ...]:
     return tuple(sorted(cells, key=lambda c: (c.policy, c.length, c.depth)))
 
 
-def write_needles(found: NeedleMap, out: Path) -> list[Path]:
-    """Write ``niah.csv``, ``niah.md``, and the figure as PNG, SVG and PDF; returns the files."""
-    from kvtool.analysis.niah_figure import draw_needles
+def write_needles(found: NeedleMap, out: Path, named: Mapping[str, str] | None = None) -> list[Path]:
+    """Write ``niah.md``, ``.tex`` and ``.csv``, and the figure as PNG, SVG and PDF; returns the files.
 
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(asdict(found.cells[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(cell) for cell in found.cells)
-    write_text(out / "niah.csv", buffer.getvalue())
-    write_text(out / "niah.md", f"{markdown_grid(*found.table())}\n\n{found.text().splitlines()[-1]}\n")
-    return [out / "niah.csv", out / "niah.md", *draw_needles(found, out)]
+    Parameters
+    ----------
+    found : NeedleMap
+    out : Path
+    named : dict of str to str, optional
+        Policy text -> how the figure calls it.
+    """
+    from kvtool.analysis.niah_figure import needle_figure
+
+    drawn = needle_figure(found, named)
+    title, note = drawn.title, found.text().splitlines()[-1]
+    files = save_tables(out, "niah", title, [("", found.table())], drawn.data, [drawn.caption, note])
+    drawn.save(out)
+    return [*files, *(out / f"niah.{ending}" for ending in drawn.files)]

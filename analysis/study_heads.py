@@ -78,7 +78,10 @@ def _ticks(axes: Axes, table: Float) -> None:
 def _kept(number: int, place: Place, points: Sequence[Point]) -> Figure:
     tables = [(p.label, p.heads) for p in points if p.heads is not None]
     high = max(float(table.max()) for _, table in tables)
-    caption = f"Mean entries that each KV head keeps of {place.length} tokens at {points[0].budget}; {place.title}. Bright heads keep most."
+    caption = (
+        f"Entries that each KV head keeps of {place.length} tokens at {points[0].budget}, the mean over {len(place.samples)} prompts; "
+        f"{place.title}. Bright heads keep most."
+    )
     return make_figure(
         f"heads_kept_{number}",
         f"Entries kept per head: {place.model} at {points[0].budget}",
@@ -112,7 +115,7 @@ def _difference(number: int, place: Place, points: Sequence[Point]) -> Figure:
 
 
 def _layers(number: int, place: Place, points: Sequence[Point]) -> Figure:
-    from kvtool.analysis.style import figure_legend, line_style
+    from kvtool.analysis.style import alike_words, coinciding, figure_legend, line_style
 
     labels = list(dict.fromkeys(p.label for p in place.points if p.budget))
     n_layers = 0 if points[0].heads is None else len(points[0].heads)
@@ -121,16 +124,21 @@ def _layers(number: int, place: Place, points: Sequence[Point]) -> Figure:
         axes = canvas.subplots()
         for point in points:
             if point.heads is not None:
-                axes.plot(
-                    range(len(point.heads)), point.heads.mean(axis=1), label=point.label, **line_style(point.label, labels)
-                )
+                # Layers lie on a plain axis: lines that coincide are moved apart by less than their distance.
+                moved = 0.012 * n_layers * (2 * labels.index(point.label) / max(1, len(labels) - 1) - 1)
+                x = [layer + moved for layer in range(len(point.heads))]
+                axes.plot(x, point.heads.mean(axis=1), label=point.label, **line_style(point.label, labels))
         axes.set_xticks(range(0, n_layers, max(1, n_layers // 16)))
         axes.set_xlabel("layer")
         axes.set_ylabel("mean entries per head")
         figure_legend(canvas, [axes])
 
     tables = [(p.label, p.heads.mean(axis=1, keepdims=True)) for p in points if p.heads is not None]
-    caption = f"How each method shares its budget among layers at {points[0].budget}; {place.title}."
+    curves = {name: dict(enumerate(float(mean) for mean in table.ravel())) for name, table in tables}
+    caption = (
+        f"How each method shares its budget among layers at {points[0].budget}, the mean over heads and {len(place.samples)} prompts; "
+        f"{place.title}.{alike_words({'': coinciding(curves)})}"
+    )
     title = f"Budgets per layer: {place.model} at {points[0].budget}"
     return make_figure(f"layers_{number}", title, caption, _data(tables), draw, (6.4, 3.4), font_size=9)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvtool.analysis.cliffs import Cliff, between, find_cliffs
-from kvtool.analysis.cliffs_report import cliff_figure, cliff_table
+from kvtool.analysis.cliffs_report import cliff_figures, cliff_table, too_few
 from kvtool.analysis.page import render_page
+from kvtool.analysis.reading import reading_answer
 from kvtool.analysis.study import Choice, StudyData, choose, details, headline
 from kvtool.analysis.study_figures import study_figures
 from kvtool.analysis.study_heads import head_figures
-from kvtool.analysis.study_pictures import links, pictures
+from kvtool.analysis.study_pictures import left_out, links, pictures
 from kvtool.analysis.study_series import series_figures
 from kvtool.analysis.study_tables import answer_table, node_table, own_tables, point_table, score_table, series_table
 from kvtool.analysis.study_warnings import warnings
@@ -88,18 +90,18 @@ def write_report(data: StudyData, out: Path) -> StudyReport:
     cliffs = [
         cliff for place, predicted in zip(data.places, data.predicted, strict=True) for cliff in find_cliffs(place, predicted)
     ]
+    cliffs += [cliff for place in data.texts for cliff in find_cliffs(place)]
     groups = [
         group for group in _groups(data, choices, cliffs, out) if group.tables or group.figures or group.folded or group.links
     ]
-    notes = warnings(data)
+    notes = [*warnings(data), *too_few(cliffs)]
+    _distinct(groups)
     for group in groups:
         for table in (*group.tables, *group.folded):
             table.save(out / "tables")
         for figure in group.figures:
             figure.save(out / "figures")
-    answer, lines = headline(choices), details(choices)
-    if not choices and (best := _reading_answer(data)):
-        answer, lines = best
+    answer, lines = _answer(data, choices)
     write_text(out / "report.html", _render(data, groups, answer, lines, notes))
     return StudyReport(
         out / "report.html",
@@ -112,38 +114,23 @@ def write_report(data: StudyData, out: Path) -> StudyReport:
     )
 
 
-def _reading_answer(data: StudyData) -> tuple[str, list[str]] | None:
-    """The answer of a study that reads texts only: the smallest context whose perplexity is within 5 % of the full cache's."""
-    rows = [
-        r for r in data.rows if r.get("perplexity_ratio") is not None and r.get("effective_context") and r["policy"] != "full"
-    ]
-    rows = [r for r in rows if "never evicts" not in str(r["note"] or "")]
-    if not rows:
-        return None
-    rule = (
-        "the choice: fewest entries per head, sinks included, whose perplexity is by its 95 % interval not more than 5 % above the "
-        "full cache's"
-    )
-    places = list(dict.fromkeys((r["model"], r["task"], r["length"]) for r in rows))
-    said = []
-    for place in places:
-        mine = [r for r in rows if (r["model"], r["task"], r["length"]) == place]
-        bound = [
-            (r, r["perplexity_ratio_high"] if r["perplexity_ratio_high"] is not None else r["perplexity_ratio"]) for r in mine
-        ]
-        good = [r for r, high in bound if high <= 1.05]
-        if good:
-            best = min(good, key=lambda r: (r["effective_context"], r["perplexity"]))
-            high = best["perplexity_ratio_high"] or best["perplexity_ratio"]
-            change, half = 100 * (best["perplexity_ratio"] - 1), 100 * abs(high - best["perplexity_ratio"])
-            saved = 100 * (1 - best["effective_context"] / place[2])
-            said.append(
-                f"on {place[1]} run {best['label']}: {best['effective_context']:.0f} of {place[2]} entries, {saved:.0f} % "
-                f"fewer at the end; perplexity {change:+.1f} ± {half:.1f} %"
-            )
-        else:
-            said.append(f"on {place[1]} nothing within 5 % of the full cache's perplexity: keep it")
-    return f"For {', '.join(dict.fromkeys(str(p[0]) for p in places))}: {'; '.join(said)}.", [rule]
+def _answer(data: StudyData, choices: Sequence[Choice]) -> tuple[str, list[str]]:
+    """Answer by what the study asks: by perplexity if its findings are about that, or if nothing was generated; and name the other."""
+    read = reading_answer(data)
+    answer, lines = headline(choices), details(choices)
+    if read is None or (choices and data.asks != "perplexity"):
+        return answer, lines + ([] if read is None else [f"by perplexity: {read[0]}"])
+    return read[0], [*read[1], *([f"by the scores of answers: {answer}"] if choices else [])]
+
+
+def _distinct(groups: Sequence[Group]) -> None:
+    """Number figures that would go by the same title: nobody could say which of them is meant."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        for place, figure in enumerate(group.figures):
+            seen[figure.title] += 1
+            if seen[figure.title] > 1:
+                group.figures[place] = replace(figure, title=f"{figure.title} ({seen[figure.title]})")
 
 
 def refinements(cliffs: Sequence[Cliff], n: int = 3) -> list[str]:
@@ -184,7 +171,6 @@ def _groups(data: StudyData, choices: Sequence[Choice], cliffs: Sequence[Cliff],
         kind: series_table(data, names, kind, words)
         for (kind, names), words in zip(stages.items(), ("Perplexity", "Time and memory"), strict=True)
     }
-    fall = cliff_figure(cliffs) if cliffs else None
     scores, own = score_table(data.places), {table.name: table for table in own_tables(data)}
 
     def mine(*names: str) -> list[Table]:
@@ -204,10 +190,12 @@ def _groups(data: StudyData, choices: Sequence[Choice], cliffs: Sequence[Cliff],
             "cliffs",
             "Performance cliffs",
             [*([cliff_table(cliffs)] if cliffs else []), *mine("refined")],
-            [fall] if fall else [],
+            cliff_figures(cliffs),
         ),
-        Group("heads", "Heads", [], [*named(*HEADS), *pictures(data, "classify", "importance", "hiv")]),
-        Group("gaps", "Where the loss comes from", mine("gap_parts"), pictures(data, "gaps")),
+        Group("heads", "Heads", mine("hiv"), [*named(*HEADS), *pictures(data, "classify", "importance", "hiv")]),
+        Group(
+            "gaps", "Where the loss comes from", mine("gap_parts"), pictures(data, "gaps"), links=left_out(data, out, "gaps")
+        ),
         Group("blocks", "Compensation", [], [*named("blocks_"), *pictures(data, "compensation")]),
         Group("texts", "Reading texts", [t for t in [tables["perplexity"]] if t], named(*TEXTS)),
         Group(
@@ -221,9 +209,9 @@ def _groups(data: StudyData, choices: Sequence[Choice], cliffs: Sequence[Cliff],
         Group(
             "compared",
             "Compared, and the answers' consistency",
-            [],
+            mine("metrics"),
             pictures(data, "compare", "consistency"),
-            links=links(data, out, "consistency"),
+            links=[*links(data, out, "consistency"), *left_out(data, out, "compare", "consistency")],
         ),
         Group("needles", "Needles by depth", [], pictures(data, "needles")),
         Group("run", "What was run", [], folded=[node_table(data)]),
@@ -261,12 +249,8 @@ def _facts(data: StudyData) -> list[tuple[str, str]]:
     if places:
         counts = sorted({len(p.samples) for p in places})
         points = sum(len(p.points) for p in places)
-        facts.append(
-            (
-                "Prompts",
-                f"{' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} a workload; {len(places)} workloads, {points} points",
-            )
-        )
+        each = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+        facts.append(("Prompts", f"{each} a workload; {len(places)} workload{'s' * (len(places) > 1)}, {points} points"))
         facts.append(("Scored by", ", ".join(dict.fromkeys(p.metric for p in places))))
     done = sum(n["state"] == "done" for n in data.nodes)
     facts.append(("Nodes", f"{done} of {len(data.nodes)} done"))

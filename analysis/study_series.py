@@ -7,7 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvtool.analysis.study import StudyData
-from kvtool.analysis.style import COLOURS, GREY, MARKERS, Figure, bars, figure_legend, line_style, log_axis, make_figure
+from kvtool.analysis.study_same import same_read
+from kvtool.analysis.style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    Figure,
+    alike_words,
+    apart,
+    bars,
+    coinciding,
+    figure_legend,
+    line_style,
+    log_axis,
+    make_figure,
+    span_of,
+)
+from kvtool.naming import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,9 +55,10 @@ def series_figures(data: StudyData) -> list[Figure]:
 def _perplexity(data: StudyData) -> Iterator[Figure]:
     read = [row for row in data.rows if row.get("perplexity") is not None and row["series"] == ""]
     places = list(dict.fromkeys((row["stage"], row["model"], row["task"], row["length"]) for row in read))
+    several = len({place[0] for place in places}) > 1
     for number, place in enumerate(places):
         rows = [row for row in read if (row["stage"], row["model"], row["task"], row["length"]) == place]
-        title = f"{place[1]}, {place[2]}, {place[3]} tokens"
+        title = f"{place[1]}, {place[2]}, {place[3]} tokens" + (f", stage {place[0]}" if several else "")
         for make in (_context, _sinks, _thresholds, _inverse, _best):
             figure = make(rows, title, number)
             if figure is not None:
@@ -71,6 +88,17 @@ def _points(axes: Axes, rows: Sequence[Row], x: Sequence[float], key: str, label
     axes.errorbar(x, means, yerr=spread, label=label, elinewidth=0.7, linewidth=1.1, **style)
 
 
+def _tokens(rows: Sequence[Row]) -> str:
+    """What stands behind a perplexity."""
+    counts = [int(row["n"]) for row in rows if row.get("n")]
+    return f"Bars are 95 % intervals over pieces of the text, {max(counts)} tokens." if counts else "Bars are 95 % intervals."
+
+
+def _same(rows: Sequence[Row]) -> str:
+    """Name the rows of one text whose figures are the same."""
+    return alike_words({"": same_read(rows)})
+
+
 def _full_line(axes: Axes, rows: Sequence[Row]) -> None:
     full = next((row for row in rows if row["policy"] == "full"), None)
     if full is not None:
@@ -91,12 +119,14 @@ def _context(rows: Sequence[Row], title: str, number: int) -> Figure | None:
     if len(able) < 2:
         return None
     groups = list(dict.fromkeys(row["group"] or row["label"] for row in able))
+    span = span_of(row["effective_context"] for row in able)
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
         for group in groups:
             mine = sorted((r for r in able if (r["group"] or r["label"]) == group), key=lambda r: r["effective_context"])
-            _points(axes, mine, [r["effective_context"] for r in mine], "perplexity", group, line_style(group, groups))
+            x = apart([r["effective_context"] for r in mine], groups.index(group), len(groups), span)
+            _points(axes, mine, x, "perplexity", group, line_style(group, groups))
         _full_line(axes, rows)
         log_axis(axes, [r["effective_context"] for r in able])
         _plain_log(axes, able)
@@ -104,7 +134,10 @@ def _context(rows: Sequence[Row], title: str, number: int) -> Figure | None:
         axes.set_ylabel("perplexity")
         figure_legend(canvas, [axes])
 
-    caption = "Perplexity against the entries that are held, one definition for all groups; bars are 95 % intervals. Lower left is better."
+    caption = (
+        f"Perplexity against the entries that are held, one definition for all groups. {_tokens(able)} Lower left is better. "
+        f"Groups are moved apart a little sideways.{_same(able)}"
+    )
     return make_figure(f"perplexity_context_{number}", f"Perplexity against context: {title}", caption, _data(rows), draw)
 
 
@@ -134,11 +167,14 @@ def _sinks(rows: Sequence[Row], title: str, number: int) -> Figure | None:
         _full_line(axes, rows)
         log_axis(axes, [float(m[2]) for _, m in found])
         _plain_log(axes, [r for r, _ in found])
-        axes.set_xlabel("window (entries)")
+        axes.set_xlabel("window (entries, log scale)")
         axes.set_ylabel("perplexity")
         figure_legend(canvas, [axes])
 
-    caption = "The same windows with and without the first entries of the text (sinks). The gap is what the sinks are worth."
+    caption = (
+        "The same windows with and without the first entries of the text (sinks). The gap is what the sinks are worth. "
+        + _tokens([r for r, _ in found])
+    )
     return make_figure(f"sinks_{number}", f"What sinks are worth: {title}", caption, _data([r for r, _ in found]), draw)
 
 
@@ -153,7 +189,8 @@ def _thresholds(rows: Sequence[Row], title: str, number: int) -> Figure | None:
         for index, base in enumerate(bases):
             mine = sorted(((float(m[1]), r) for r, m in found if int(m[2]) == base), key=lambda pair: pair[0])
             style = line_style(str(base), [str(b) for b in bases])
-            x = [threshold for threshold, _ in mine]
+            # Thresholds lie on a plain axis: the lines of two windows are moved apart by less than their distance.
+            x = [threshold + 0.006 * (index - (len(bases) - 1) / 2) for threshold, _ in mine]
             _points(above, [r for _, r in mine], x, "perplexity", f"base window {base}", style)
             below.plot(x, [r["effective_context"] for _, r in mine], **style)
             plain = next((r for r, m in _pairs(rows, _PLAIN) if m[1] == "streaming" and int(m[2]) == base), None)
@@ -168,10 +205,24 @@ def _thresholds(rows: Sequence[Row], title: str, number: int) -> Figure | None:
 
     caption = (
         "Windows by head kind for heads of at least this confidence, the base window for the others; dotted: "
-        "StreamingLLM with that window."
+        f"StreamingLLM with that window. {_tokens([r for r, _ in found])}{_flat(found)}"
     )
     return make_figure(
         f"confidence_{number}", f"Confidence threshold: {title}", caption, _data([r for r, _ in found]), draw, (6.8, 5.0)
+    )
+
+
+def _flat(found: Sequence[tuple[Row, re.Match[str]]]) -> str:
+    """Say where every threshold gives the same: the confidences of all heads lie on one side of them."""
+    lines: dict[str, set[tuple[Any, ...]]] = {}
+    for row, match in found:
+        lines.setdefault(match[2], set()).add((row["perplexity"], row["perplexity_low"], row["effective_context"]))
+    flat = [base for base, values in lines.items() if len(values) == 1]
+    if not flat:
+        return _same([row for row, _ in found])
+    return (
+        f" All thresholds of base {' and of base '.join(flat)} are the same policy here: no head whose window a kind would change has a "
+        "confidence between the smallest and the largest of them, so that the curve says nothing of confidence."
     )
 
 
@@ -187,16 +238,17 @@ def _inverse(rows: Sequence[Row], title: str, number: int) -> Figure | None:
         _points(axes, plain, [r["effective_context"] for r in plain], "perplexity", "StreamingLLM", style)
         for index, (row, match) in enumerate(found):
             own = {"color": COLOURS[1 + index % 6], "marker": MARKERS[1 + index % 9], "linestyle": "", "markersize": 6}
-            _points(axes, [row], [row["effective_context"]], "perplexity", match[0], own)
+            x = apart([row["effective_context"]], index + 1, len(found) + 1)
+            _points(axes, [row], x, "perplexity", match[0], own)
         _full_line(axes, rows)
         log_axis(axes, [r["effective_context"] for r in (*plain, *(r for r, _ in found))])
-        axes.set_xlabel("effective context (entries per head, sinks included)")
+        axes.set_xlabel("effective context: mean entries per KV head, sinks included (log scale)")
         axes.set_ylabel("perplexity")
         figure_legend(canvas, [axes], 3)
 
     caption = (
         "Wide windows for positional heads (I) or few for gathering ones (J), against StreamingLLM. Below its line "
-        "is better at equal memory."
+        f"is better at equal memory. {_tokens(plain)}{_same([*plain, *(r for r, _ in found)])}"
     )
     return make_figure(
         f"inverse_{number}", f"Inverse experiment: {title}", caption, _data([*plain, *(r for r, _ in found)]), draw, (7.2, 4.8)
@@ -212,26 +264,31 @@ def _best(rows: Sequence[Row], title: str, number: int) -> Figure | None:
     if len(able) < 4:
         return None
     best = sorted(able, key=lambda row: row["perplexity"])[:MOST_BARS]
+    ticks = [wrapped(f"{row['label']} ({row['effective_context']:.0f})", 36) for row in best]
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        names = [f"{row['label']}  ({row['effective_context']:.0f})" for row in best]
-        means = [float(row["perplexity"]) for row in best]
-        spread = bars(means, [row["perplexity_low"] for row in best], [row["perplexity_high"] for row in best])
-        groups = list(dict.fromkeys(row["group"] for row in best))
-        colours = [COLOURS[groups.index(row["group"]) % len(COLOURS)] for row in best]
-        axes.barh(range(len(best)), means, xerr=spread, color=colours, error_kw={"elinewidth": 0.8})
-        axes.set_yticks(range(len(best)), names, fontsize=8)
+        groups = list(dict.fromkeys(row["group"] for row in rows))
+        for place, row in enumerate(best):
+            index = groups.index(row["group"])
+            spread = bars([row["perplexity"]], [row["perplexity_low"]], [row["perplexity_high"]])
+            style: dict[str, Any] = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[index % len(MARKERS)],
+                "linestyle": "",
+            }
+            axes.errorbar([row["perplexity"]], [place], xerr=spread, label=row["group"] or None, elinewidth=0.9, **style)
+        axes.set_yticks(range(len(best)), ticks, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("perplexity (in brackets: effective context)")
-        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("perplexity")
+        figure_legend(canvas, [axes], 3)
 
     caption = (
-        f"The {len(best)} best of {len(able)} configurations that evict, by perplexity, with 95 % intervals; colour: group. "
-        "Compare at equal context."
+        f"The {len(best)} best of {len(able)} configurations that evict, by perplexity; in brackets the entries per KV head. "
+        f"Compare at equal context. {_tokens(best)}{_same(best)}"
     )
     return make_figure(
-        f"best_{number}", f"Best configurations: {title}", caption, _data(best), draw, (7.2, 0.6 + 0.28 * len(best))
+        f"best_{number}", f"Best configurations: {title}", caption, _data(best), draw, (7.2, 1.3 + 0.28 * len(best))
     )
 
 
@@ -280,12 +337,13 @@ def _block_figure(parsed: Sequence[tuple[Row, dict[str, str]]], number: int, tit
                 ((size(own, r), r) for r, own in parsed if name(r, own) == group and "compensate" in own), key=lambda p: p[0]
             )
             if mine:
-                _points(axes, [r for _, r in mine], [x for x, _ in mine], "accuracy", group, style)
+                x = apart([x for x, _ in mine], groups.index(group), len(groups), 64.0)
+                _points(axes, [r for _, r in mine], x, "accuracy", group, style)
             for row, own in parsed:
                 if name(row, own) == group and "compensate" not in own:
                     axes.axhline(row["accuracy"], color=style["color"], linestyle=":", linewidth=1, label=f"{group}: without")
         log_axis(axes, [size(own, row) for row, own in parsed if "compensate" in own])
-        axes.set_xlabel("evicted entries per representative (right-most: one for all)")
+        axes.set_xlabel("evicted entries per representative (log scale; right-most: one for all)")
         axes.set_ylabel("answer accuracy")
         figure_legend(canvas, [axes], 2)
 
@@ -296,36 +354,45 @@ def _block_figure(parsed: Sequence[tuple[Row, dict[str, str]]], number: int, tit
     ]
     caption = (
         "Blocks of evicted entries, each merged into one representative; dotted: the same capacity and "
-        "window without. Bars are 95 % intervals."
+        f"window without. Bars are 95 % intervals over {max((r['n'] for r, _ in parsed), default=0)} prompts."
     )
     return make_figure(f"blocks_{number}", f"Compensation blocks: {title}", caption, (header, lines), draw, (7.2, 4.8))
 
 
 def _stress(data: StudyData) -> Iterator[Figure]:
     measured = [row for row in data.rows if row["series"] in ("length", "batch")]
+    kinds = {node["stage"]: node["kind"] for node in data.nodes}
     places = list(dict.fromkeys((row["stage"], row["model"], row["series"]) for row in measured))
     for number, place in enumerate(places):
         rows = [row for row in measured if (row["stage"], row["model"], row["series"]) == place]
-        if len({row[place[2]] for row in rows}) > 1:
-            yield _stress_figure(rows, place[2], number, f"{place[1]}, by {place[2]}")
+        stage, model, series = place
+        what = "Without a KV cache" if kinds.get(stage) == "no_cache" else "Memory and speed"
+        again = any(other != stage and kinds.get(other) == kinds.get(stage) for other, _, _ in places)
+        if len({row[series] for row in rows}) > 1:
+            by = {"length": "length of the prompt", "batch": "batch size"}[series]
+            yield _stress_figure(rows, series, number, f"{what}: {model}, by {by}" + (f", stage {stage}" if again else ""))
 
 
 def _stress_figure(rows: Sequence[Row], axis: str, number: int, title: str) -> Figure:
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    panels = {key: words for key, words in STRESS_PANELS.items() if any(row.get(key) is not None for row in rows)}
+    labels, span = list(dict.fromkeys(row["label"] for row in rows)), span_of(float(row[axis]) for row in rows)
+    # What is nothing everywhere, as the bytes of no cache, is no panel.
+    panels = {key: words for key, words in STRESS_PANELS.items() if any(row.get(key) for row in rows)}
+    other = "batch" if axis == "length" else "length"
+    fixed = sorted({int(row[other]) for row in rows if row.get(other) is not None})
 
     def panel(axes: Axes, key: str, words: str) -> None:
         for label in labels:
             mine = sorted((r for r in rows if r["label"] == label and r.get(key) is not None), key=lambda r: r[axis])
-            axes.plot([r[axis] for r in mine], [r[key] for r in mine], label=label, **line_style(label, labels))
+            x = apart([float(r[axis]) for r in mine], labels.index(label), len(labels), span)
+            axes.plot(x, [r[key] for r in mine], label=label, **line_style(label, labels))
             gone = [r[axis] for r in rows if r["label"] == label and "oom" in str(r["note"] or "")]
             axes.plot(
                 gone, [axes.get_ylim()[1]] * len(gone), marker="x", linestyle="", color=line_style(label, labels)["color"]
             )
         log_axis(axes, [float(r[axis]) for r in rows])
         axes.set_ylim(bottom=0)
-        axes.set_title(words, fontsize=8)
-        axes.set_xlabel("prompt tokens" if axis == "length" else "batch")
+        axes.set_ylabel(words, fontsize=8)
+        axes.set_xlabel("prompt tokens (log scale)" if axis == "length" else "batch size (log scale)", fontsize=7)
 
     def draw(canvas: Canvas) -> None:
         columns = min(3, len(panels))
@@ -337,9 +404,23 @@ def _stress_figure(rows: Sequence[Row], axis: str, number: int, title: str) -> F
         figure_legend(canvas, list(grid), 3)
 
     header = ["label", "policy", axis, *panels, "note"]
-    caption = "Medians on the machine that ran it; crosses: out of memory. Flat is the aim of a compressed cache."
+    curves = {
+        words: coinciding(
+            {label: {r[axis]: r[key] for r in rows if r["label"] == label and r.get(key) is not None} for label in labels}
+        )
+        for key, words in panels.items()
+    }
+    at = (
+        f" at {'a batch' if other == 'batch' else 'prompts'} of {fixed[0]}{' tokens' * (other == 'length')}"
+        if len(fixed) == 1
+        else ""
+    )
+    runs = sorted({int(row["n"]) for row in rows if row.get("n")})
+    n = f" of {runs[0]} run{'s' * (runs[-1] > 1)}" if len(runs) == 1 else f" of {runs[0]} to {runs[-1]} runs" if runs else ""
+    caption = (
+        f"Medians{n} on the machine that ran them{at}; crosses: out of memory. Flat is the aim of a compressed cache. Lines are moved "
+        f"apart a little sideways.{alike_words(curves)}"
+    )
     lines = [[row.get(key) for key in header] for row in rows]
     draws: Callable[[Canvas], None] = draw
-    return make_figure(
-        f"stress_{number}", f"Memory and speed: {title}", caption, (header, lines), draws, (9.0, 5.6), font_size=8
-    )
+    return make_figure(f"stress_{number}", title, caption, (header, lines), draws, (9.0, 5.6), font_size=8)

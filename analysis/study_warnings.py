@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtool.analysis.points import Place, Point
-from kvtool.analysis.statistics import paired_interval
 from kvtool.analysis.study import StudyData
+from kvtool.analysis.study_same import same_words
 from kvtool.files import read_records
 
 
@@ -30,7 +30,7 @@ def warnings(data: StudyData) -> list[str]:
         [f"{len(degenerate)} degenerate points (nothing left to choose), not judged: {_some(degenerate)}"] if degenerate else []
     )
     found += _control(data.places) + _weak(data.places) + _cut(data.places)
-    found += _apart(data.rows) + _beyond(data) + _noise(data)
+    found += same_words(data) + _apart(data.rows) + _beyond(data) + _noise(data)
     idle = {
         row["label"]
         for row in data.rows
@@ -41,7 +41,7 @@ def warnings(data: StudyData) -> list[str]:
         if idle
         else []
     )
-    states = Counter(node["state"] for node in data.nodes if node["state"] != "done")
+    states = Counter(node["state"] for node in data.nodes if node["state"] not in ("done", "same"))
     found += [f"the study is not complete: {', '.join(f'{n} nodes {state}' for state, n in states.items())}"] if states else []
     return found
 
@@ -58,10 +58,10 @@ def _control(places: Sequence[Place]) -> list[str]:
         controls = {p.budget: p for p in place.points if p.control}
         figure = "accuracy" if any("accuracy" in p.values for p in place.points) else "score"
         for point in place.points:
-            pair = place.pair(point, controls.get(point.budget), figure) if point.budget and not point.control else None
-            if pair is not None and not point.degenerate:
+            gain = place.versus(point, controls.get(point.budget), figure) if point.budget and not point.control else None
+            if gain is not None and not point.degenerate:
                 tried[point.label] += 1
-                lost[point.label] += paired_interval(*pair).low <= 0
+                lost[point.label] += not gain.low > 0
     named = [f"{label} {lost[label]} of {n}" for label, n in tried.items() if lost[label]]
     if not tried and places:
         return ["no random control was run: nothing says that choosing entries is worth it here"]
@@ -149,13 +149,15 @@ def _noise(data: StudyData) -> list[str]:
     return [f"noise floor (A/A): {'; '.join(found)}. No smaller difference of times shows anything"]
 
 
-def full_twice(records: Sequence[dict[str, Any]]) -> list[float]:
-    """Return, for each length and batch of a stress test, how far the time per token of the full cache is from itself measured again.
+def full_twice(records: Sequence[Mapping[str, Any]], key: str = "tpot_s") -> list[float]:
+    """Return, for each length and batch of a stress test, how far a time of the full cache is from itself measured again.
 
     Parameters
     ----------
     records : sequence of dict
         As ``kvtool stress`` writes them: the full cache once with ``again``, in as many repeats.
+    key : str
+        Field of the time; default: per token.
 
     Returns
     -------
@@ -164,10 +166,10 @@ def full_twice(records: Sequence[dict[str, Any]]) -> list[float]:
     """
     times: dict[str, dict[bool, dict[int, float]]] = {}
     for record in records:
-        if record.get("policy") == "full" and record.get("status") == "ok" and record.get("tpot_s"):
+        if record.get("policy") == "full" and record.get("status") == "ok" and record.get(key):
             point = json.dumps([record.get("series"), record.get("length"), record.get("batch")])
             own = times.setdefault(point, {}).setdefault(bool(record.get("again")), {})
-            own[int(record.get("repeat", 0))] = float(record["tpot_s"])
+            own[int(record.get("repeat", 0))] = float(record[key])
     found = []
     for group in times.values():
         first, second = group.get(False, {}), group.get(True, {})

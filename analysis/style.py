@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,13 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "font.size": 10,
+    # Widths of letters are those of every format, whatever its resolution: hinted ones grow wider than they were laid out.
+    "text.hinting": "none",
+    "figure.constrained_layout.w_pad": 0.08,
 }
 ENDINGS = tuple(FORMATS)
+#: Figures that differ by less are the same; groups of lines that are the same which a caption names.
+SAME, MOST_ALIKE = 1e-9, 4
 CONTROL = "random"
 
 
@@ -217,6 +222,83 @@ def line_style(name: str, names: Sequence[str]) -> dict[str, Any]:
         "linestyle": line,
         "markersize": size,
     }
+
+
+def apart(x: Sequence[float], index: int, n: int, span: float = 4.0) -> list[float]:
+    """Return places moved sideways on a logarithmic axis, so that the `index`-th of `n` lines that coincide can still be seen.
+
+    Ticks stay where the values are.
+
+    Parameters
+    ----------
+    x : sequence of float
+    index, n : int
+    span : float
+        Largest over smallest value of the axis: all lines together take 5 % of it.
+    """
+    share = 0.0 if n < 2 else 2 * index / (n - 1) - 1
+    factor = max(span, 4.0) ** (0.025 * share)
+    return [value * factor for value in x]
+
+
+def span_of(x: Iterable[float]) -> float:
+    """Return largest over smallest of the values above 0."""
+    known = [value for value in x if value > 0]
+    return max(known) / min(known) if known else 1.0
+
+
+def coinciding(lines: Mapping[str, Mapping[Any, float]]) -> list[list[str]]:
+    """Return groups of names whose lines are the same wherever both have points, at two places at least.
+
+    Parameters
+    ----------
+    lines : dict of str to dict
+        Name -> place on the axis -> value.
+    """
+
+    def same(first: Mapping[Any, float], second: Mapping[Any, float]) -> bool:
+        common = first.keys() & second.keys()
+        return len(common) > 1 and all(abs(first[place] - second[place]) < SAME for place in common)
+
+    groups: list[list[str]] = []
+    for name, line in lines.items():
+        mine = next((group for group in groups if all(same(line, lines[other]) for other in group)), None)
+        if mine is None:
+            groups.append([name])
+        else:
+            mine.append(name)
+    return [group for group in groups if len(group) > 1]
+
+
+def alike_words(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """Return a sentence on the lines that coincide, for a caption; empty where there are none.
+
+    Parameters
+    ----------
+    found : dict of str to groups of names
+        Panel -> what `coinciding` says of it.
+    """
+    by_group: dict[tuple[str, ...], list[str]] = {}
+    for panel, groups in found.items():
+        for group in groups:
+            by_group.setdefault(tuple(group), []).append(panel)
+    if not by_group:
+        return ""
+    often = sorted(by_group.items(), key=lambda item: (-len(item[1]), -len(item[0])))
+    said = [_equal(group) + _where(panels, len(found)) for group, panels in often[:MOST_ALIKE]]
+    more = f"; {len(often) - MOST_ALIKE} more group{'s' * (len(often) > MOST_ALIKE + 1)}" if len(often) > MOST_ALIKE else ""
+    return f" The same at every point: {'; '.join(said)}{more}."
+
+
+def _equal(names: Sequence[str]) -> str:
+    """Return names joined by equality signs; of many the first and the last."""
+    return " = ".join(names) if len(names) < 5 else f"{names[0]} = … = {names[-1]} ({len(names)} of them)"
+
+
+def _where(panels: Sequence[str], n: int) -> str:
+    if len(panels) == n:
+        return "" if n == 1 else " (everywhere)"
+    return f" ({'; '.join(panels)})" if len(panels) < 3 else f" (in {len(panels)} of {n} panels)"
 
 
 def log_axis(axes: Axes, values: Sequence[float], most: int = 9) -> None:

@@ -6,23 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvtool.analysis.plain import csv_text
 from kvtool.analysis.statistics import Interval
-from kvtool.files import write_text
-from kvtool.textgrid import grid, markdown_grid
-
-#: What LaTeX reads as a command, and how it is written instead.
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "→": r"$\rightarrow$",
-    "±": r"$\pm$",
-    "≤": r"$\leq$",
-    "−": "$-$",
-    "–": "--",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-}
+from kvtool.textgrid import csv_text, grid, latex_grid, markdown_grid, save_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +49,8 @@ class Table:
         File name without ending; heading; how to read it.
     header : tuple of str
     rows : tuple of tuple of Cell
+    wanted : int
+        Columns that a page shows at first, counted from the left; 0: all.
     """
 
     name: str
@@ -71,14 +58,15 @@ class Table:
     how: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    wanted: int = 0
 
     def text(self) -> str:
         """Return the table aligned, for the terminal."""
-        return grid(self.header, [[cell.text for cell in row] for row in self.rows])
+        return grid(self.header, self._shown())
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        return markdown_grid(self.header, [[cell.text.replace("|", "\\|") for cell in row] for row in self.rows])
+        return markdown_grid(self.header, self._shown())
 
     def csv(self) -> str:
         """Return the table as CSV, figures unrounded."""
@@ -87,19 +75,15 @@ class Table:
     def latex(self) -> str:
         """Return a tabular for booktabs; figures stand to the right."""
         numbers = [bool(self.rows) and all(row[i].number for row in self.rows) for i in range(len(self.header))]
-        lines = [
-            f"% {self.title}; needs \\usepackage{{booktabs}}",
-            "\\begin{tabular}{" + "".join("r" if n else "l" for n in numbers) + "}",
-        ]
-        lines += ["\\toprule", _tex_line(self.header), "\\midrule"]
-        lines += [_tex_line([cell.text for cell in row]) for row in self.rows]
-        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+        return latex_grid(self.header, self._shown(), self.title, numbers)
 
     def save(self, folder: Path) -> None:
         """Write NAME.md, NAME.csv and NAME.tex."""
-        write_text(folder / f"{self.name}.md", f"# {self.title}\n\n{self.how}\n\n{self.markdown()}\n")
-        write_text(folder / f"{self.name}.csv", self.csv())
-        write_text(folder / f"{self.name}.tex", self.latex())
+        page = f"# {self.title}\n\n{self.how}\n\n{self.markdown()}\n"
+        save_tables(folder, self.name, self.title, [("", (self.header, self._shown()))], self.csv(), markdown=page)
+
+    def _shown(self) -> list[list[str]]:
+        return [[cell.text for cell in row] for row in self.rows]
 
 
 def words(text: str | None, title: str = "") -> Cell:
@@ -138,7 +122,3 @@ def _read(text: str) -> Cell:
 
 def _figure(value: float, digits: int, sign: bool) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def _tex_line(cells: Sequence[str]) -> str:
-    return " & ".join("".join(_TEX.get(sign, sign) for sign in cell) for cell in cells) + r" \\"

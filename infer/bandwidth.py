@@ -46,11 +46,7 @@ def measure_bandwidth(device: torch.device, n_bytes: int | None = None) -> Bandw
     """
     import torch
 
-    if n_bytes is None:
-        free = free_bytes([device])
-        wanted = max(256 << 20, min(2 << 30, 8 * (last_level_cache_bytes(device) or 0)))
-        wanted = 4 << 30 if device.type == "cuda" else wanted
-        n_bytes = wanted if free is None else min(wanted, free // 8)
+    n_bytes = probe_bytes(device) if n_bytes is None else n_bytes
     width = 1024
     source = torch.ones(max(1, n_bytes // 4 // width), width, device=device)
     size = source.numel() * source.element_size()
@@ -62,6 +58,14 @@ def measure_bandwidth(device: torch.device, n_bytes: int | None = None) -> Bandw
     }
     found = {name: moved / _fastest(run, device) for name, (run, moved) in ways.items()}
     return Bandwidth(max(found.values()), found, size)
+
+
+def probe_bytes(device: torch.device) -> int:
+    """Return the size of the tensor that `measure_bandwidth` takes by itself; it holds two of them."""
+    free = free_bytes([device])
+    wanted = max(256 << 20, min(2 << 30, 8 * (last_level_cache_bytes(device) or 0)))
+    wanted = 4 << 30 if device.type == "cuda" else wanted
+    return wanted if free is None else min(wanted, free // 8)
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:

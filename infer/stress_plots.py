@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtool.naming import figure_names, wrapped
 from kvtool.pictures import save_canvas
 
 if TYPE_CHECKING:
@@ -119,11 +120,17 @@ def draw_endless(folder: Path, windows: Sequence[dict[str, Any]]) -> None:
     with matplotlib.rc_context(LOOKS):
         canvas, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), layout="constrained", squeeze=False)
         names = list(dict.fromkeys((w["policy"], w["source"]) for w in windows))
+        shown = figure_names([policy for policy, _ in names])
         for axes, (title, key, factor) in zip(grid.flat, panels, strict=True):
             for index, name in enumerate(names):
                 mine = [w for w in windows if (w["policy"], w["source"]) == name and w[key] is not None]
-                label = f"{name[0]} ({'its own tokens' if name[1] == 'own' else 'a text'})"
-                axes.plot([w["stop"] for w in mine], [w[key] * factor for w in mine], label=label, **_style(index))
+                label = f"{wrapped(shown[name[0]], 60)} ({'its own tokens' if name[1] == 'own' else 'a text'})"
+                axes.plot(
+                    [w["stop"] for w in mine],
+                    [w[key] * factor for w in mine],
+                    label=label,
+                    **_style(index, 8.0 - index),
+                )
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("tokens decoded")
             axes.set_ylim(0, 1.1 * max(w[key] * factor for w in windows if w[key] is not None))
@@ -137,6 +144,6 @@ def _name(row: PointRow) -> str:
     return "full cache, measured again" if row.again else "full cache" if row.policy == "full" else row.policy
 
 
-def _style(index: int) -> dict[str, Any]:
+def _style(index: int, size: float = 5.0) -> dict[str, Any]:
     colour, marker = STYLES[index % len(STYLES)]
-    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4}
+    return {"color": colour, "marker": marker, "markersize": max(3.0, size), "linewidth": 1.4}

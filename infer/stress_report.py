@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvtool.files import write_json, write_text
 from kvtool.infer.stress_plots import draw_endless, draw_series
 from kvtool.infer.stress_table import EndlessRow, PointRow, StressSummary, endless_rows, points
-from kvtool.textgrid import figure, markdown_grid
+from kvtool.textgrid import Lines, figure, save_tables
 
 if TYPE_CHECKING:
     from kvtool.models import ModelInfo
@@ -23,7 +23,8 @@ def write_summary(folder: Path, records: Sequence[dict[str, Any]], info: ModelIn
     rows, lasting = tuple(points(records)), tuple(endless_rows(records))
     summary = StressSummary(folder, rows, lasting, tuple(_notes(records, rows, info)), seconds)
     write_json(folder / "stress.json", dataclasses.asdict(summary) | {"folder": str(folder), "model": dataclasses.asdict(info)})
-    write_text(folder / "stress.md", _markdown(summary, info))
+    data = points_csv(rows) if rows else _table([dataclasses.asdict(row) for row in lasting]) if lasting else None
+    save_tables(folder, "stress", f"Stress test of {info.model_id}", headed_tables(summary), data, summary.notes)
     for series in ("length", "batch"):
         mine = [row for row in rows if row.series == series]
         if mine:
@@ -184,15 +185,19 @@ def _notes(records: Sequence[dict[str, Any]], rows: Sequence[PointRow], info: Mo
 
 def tables(summary: StressSummary, lay_out: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> list[str]:
     """Return the tables of lengths, batches and endless decoding, as far as there are any."""
+    return [lay_out(*lines) for _, lines in headed_tables(summary)]
+
+
+def headed_tables(summary: StressSummary) -> list[tuple[str, Lines]]:
+    """Return heading and table of lengths, batches and endless decoding, as far as there are any."""
     fixed = any(row.fixed_tpot_s is not None for row in summary.rows)
     header = [*_HEADER, *(_FIXED_HEADER if fixed else ()), "note"]
-    found = [lay_out(header, [_cells(row, fixed) for row in rows]) for rows in _by_series(summary.rows)]
-    return found + ([lay_out(_ENDLESS_HEADER, [_endless_cells(row) for row in summary.endless])] if summary.endless else [])
-
-
-def _markdown(summary: StressSummary, info: ModelInfo) -> str:
-    parts = [f"# Stress test of {info.model_id}", *tables(summary, markdown_grid)]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in summary.notes)]) + "\n"
+    found: list[tuple[str, Lines]] = [
+        (f"By {rows[0].series}", (header, [_cells(row, fixed) for row in rows])) for rows in _by_series(summary.rows)
+    ]
+    if summary.endless:
+        found.append(("Endless decoding", (_ENDLESS_HEADER, [_endless_cells(row) for row in summary.endless])))
+    return found
 
 
 def points_csv(rows: Sequence[PointRow]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvtool.errors import ConfigError
-from kvtool.files import write_json, write_text
+from kvtool.files import write_json
 from kvtool.policies import Policy, expand_policies
 from kvtool.policies.compensation import Compensation
 from kvtool.policies.headfile import check_heads
@@ -23,6 +23,7 @@ from kvtool.simulate.curves import Float
 from kvtool.simulate.evaluate import sample_table
 from kvtool.simulate.prompts import usable_prompts
 from kvtool.simulate.rank import resample_weights
+from kvtool.textgrid import Lines, grid, save_tables
 
 if TYPE_CHECKING:
     from kvtool.capture.reader import Capture, CapturedSample
@@ -111,24 +112,34 @@ class AttributionSummary:
         parts = [
             f"Predicted {cost}: evicting alone, with the slots left empty, and with plain means in them. What these cost is the sum of "
             "four causes.",
-            table(self.rows),
+            grid(*table(self.rows)),
             "Means with ln n, and means weighted by observed attention with their entropy, against evicting alone. Heads that a gate "
             "lets through get representatives, the others real entries.",
-            help_table(self.rows),
+            grid(*help_table(self.rows)),
         ]
         if any(row.real for row in self.rows):
             parts += [
                 "The same for real: answer nll by masked forwards, all layers together; its causes add up to what the plain mean costs "
                 "above the full cache. Last: how many of the differences that are sure have the predicted direction.",
-                real_table(self.rows),
+                grid(*real_table(self.rows)),
                 "Accuracy of the answer's tokens in the same forwards:",
-                accuracy_table(self.rows),
+                grid(*accuracy_table(self.rows)),
             ]
         parts += [paragraph(row) for row in shown]
         if said is not None and len(able) > said:
             parts.append(f"{len(able) - said} more in {self.folder / 'compensation.md'}")
         parts += [*self.notes, "\n".join(str(self.folder / name) for name in FILES)]
         return "\n\n".join(part for part in parts if part)
+
+    def tables(self) -> list[tuple[str, Lines]]:
+        """Return heading and table of each part."""
+        found = [("What the plain mean costs, and why", table(self.rows)), ("What its remedies change", help_table(self.rows))]
+        if any(row.real for row in self.rows):
+            found += [
+                ("The same for real: answer nll", real_table(self.rows)),
+                ("The same for real: accuracy", accuracy_table(self.rows)),
+            ]
+        return found
 
 
 def run_attribution(config: AttributionConfig, out: str | Path, loaded: LoadedModel | None = None) -> AttributionSummary:
@@ -294,8 +305,10 @@ def _write(summary: AttributionSummary, what: dict[str, Any]) -> None:
     folder, rows = summary.folder, summary.rows
     write_json(folder / "compensation.json", {**what, "notes": list(summary.notes), "rows": [row.to_json() for row in rows]})
     title = f"{what['model']['model_id']}, {what['capture']['task']}, {summary.n_samples} prompts"
-    write_text(folder / "compensation.md", f"# Compensation: {title}\n\n```\n{summary.text(said=None)}\n```\n")
+    page = f"# Compensation: {title}\n\n```\n{summary.text(said=None)}\n```\n"
     write_causes(rows, folder / "causes.csv")
+    data = (folder / "causes.csv").read_text(encoding="utf-8") if (folder / "causes.csv").exists() else None
+    save_tables(folder, "compensation", f"Compensation: {title}", summary.tables(), data, summary.notes, page)
     write_heads(rows, folder / "heads.csv")
     plot_causes(rows, folder / "causes.png", title)
     plot_heads(rows, folder / "heads.png", title)

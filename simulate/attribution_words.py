@@ -8,7 +8,7 @@ from typing import Any
 
 from kvtool.simulate.attribution import CAUSES
 from kvtool.simulate.attribution_rows import MEASURES, REMEDIES, Estimate, Row
-from kvtool.textgrid import figure, grid
+from kvtool.textgrid import Lines, figure
 
 #: What each flaw is called in a sentence.
 NAMES = {
@@ -22,7 +22,7 @@ REMEDY_NAMES = {"count": "mean with ln n", "weighted": "weighted mean"}
 NAMED, WORTH = 6, 0.01
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> Lines:
     """Return what the plain mean costs and why: the four causes add up to its harm."""
     lines = []
     for row in rows:
@@ -46,10 +46,10 @@ def table(rows: Sequence[Row]) -> str:
         "variance",
         "value",
     ]
-    return grid(head, lines)
+    return head, lines
 
 
-def help_table(rows: Sequence[Row]) -> str:
+def help_table(rows: Sequence[Row]) -> Lines:
     """Return what ln n and weights would change against evicting alone, in how many heads, and which gate to set."""
     lines = []
     for row in rows:
@@ -62,10 +62,10 @@ def help_table(rows: Sequence[Row]) -> str:
                 [row.policy, row.block, name, row.loss[name].text(), f"{helped}/{hurt}/{len(row.heads)}", option, judged]
             )
     head = ["policy", "block", "bias", "- evict (95 %)", "helps/hurts/heads", "gate", "with it, other prompts"]
-    return grid(head, lines)
+    return head, lines
 
 
-def real_table(rows: Sequence[Row]) -> str:
+def real_table(rows: Sequence[Row]) -> Lines:
     """Return the answer's real nll and what causes it, by masked forwards."""
     lines = []
     for row in rows:
@@ -90,10 +90,10 @@ def real_table(rows: Sequence[Row]) -> str:
         "value",
         "as predicted",
     ]
-    return grid(head, lines)
+    return head, lines
 
 
-def accuracy_table(rows: Sequence[Row]) -> str:
+def accuracy_table(rows: Sequence[Row]) -> Lines:
     """Return the answer's real accuracy by masked forwards, and its difference from evicting alone."""
     lines = []
     for row in rows:
@@ -101,9 +101,8 @@ def accuracy_table(rows: Sequence[Row]) -> str:
             levels = [figure(row.real["accuracy"][name], 3) for name in ("full", "evict")]
             points = [row.real["points"][name].text(3) for name in ("fewer", "mean", *REMEDIES)]
             lines.append([row.policy, row.block, *levels, *points])
-    return grid(
-        ["policy", "block", "full", "evict", "fewer - evict", "mean - evict", "count - evict", "weighted - evict"], lines
-    )
+    head = ["policy", "block", "full", "evict", "fewer - evict", "mean - evict", "count - evict", "weighted - evict"]
+    return head, lines
 
 
 def _gate_text(gate: dict[str, Any]) -> str:

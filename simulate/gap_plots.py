@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtool.naming import figure_names, wrapped
 from kvtool.pictures import save_canvas
 from kvtool.simulate.gap_rows import GapRow
 from kvtool.simulate.gap_words import WORDS, budgets_of
@@ -59,7 +60,7 @@ def plot_gaps(rows: Sequence[GapRow], path: Path, title: str) -> None:
 def draw_budget(axis: Any, rows: Sequence[GapRow]) -> None:
     """Draw one panel: least harm on top."""
     shown = sorted(rows, key=lambda row: row.harm.mean if row.harm else 0.0)[:MOST_BARS][::-1]
-    places = np.arange(len(shown))
+    places, names = np.arange(len(shown)), figure_names([row.method for row in shown])
     right = np.asarray([row.oracle.mean if row.oracle else 0.0 for row in shown])
     left = np.zeros(len(shown))
     axis.barh(places, right, color="#BBBBBB", edgecolor="white", label="oracle, best free budgets")
@@ -76,17 +77,10 @@ def draw_budget(axis: Any, rows: Sequence[GapRow]) -> None:
         if row.harm is not None:
             ends = [[max(row.harm.mean - row.harm.low, 0.0)], [max(row.harm.high - row.harm.mean, 0.0)]]
             axis.errorbar(row.harm.mean, place, xerr=ends, color="black", elinewidth=0.8, capsize=2, fmt="none")
-    axis.set_yticks(places, [_short(row.method) for row in shown], fontsize=8)
+    axis.set_yticks(places, [wrapped(names[row.method], 30) for row in shown], fontsize=8)
     axis.set_xlabel("predicted harm (lost margin), 95 %", fontsize=9)
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
-
-
-def _short(method: str) -> str:
-    """Leave out paths, and end what is too long."""
-    kept = [part for part in method.replace(":", ",").split(",") if not part.startswith(("heads=", "plan=", "file="))]
-    text = kept[0] + (":" + ",".join(kept[1:]) if len(kept) > 1 else "")
-    return text if len(text) <= 34 else text[:33] + "…"
 
 
 assert set(STYLE) == set(PARTS)

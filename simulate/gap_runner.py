@@ -22,10 +22,11 @@ from kvtool.policies.when import When
 from kvtool.progress import track
 from kvtool.simulate.gap_curves import PromptCurves, Ranking, prompt_curves, ranking_of
 from kvtool.simulate.gap_rows import Figure, GapRow, ShapeRow, fill_row, start_row
-from kvtool.simulate.gap_words import sentences, shape_table, table
+from kvtool.simulate.gap_words import sentences, shape_lines, shape_table, table, table_lines
 from kvtool.simulate.gaps import PARTS, Decomposer
 from kvtool.simulate.prompts import usable_prompts
 from kvtool.simulate.rank import resample_weights
+from kvtool.textgrid import save_tables
 
 DEFAULT_POLICIES = ("snapkv", "h2o", "pyramidkv", "cake", "adakv", "lava", "random")
 
@@ -121,7 +122,8 @@ def run_gaps(config: GapConfig, out: str | Path) -> GapSummary:
         check_heads(policies, capture.model)
         refuse_impossible(policies, [sample.seq_len for sample in samples])
         prompts = [prompt_curves(sample, policies) for sample in track(samples, len(samples), "gaps")]
-        title = f"{capture.model.model_id}, {capture.config.get('task')}, {len(samples)} prompts, {samples[0].compress_at}"
+        what = f"{capture.model.model_id}, {capture.config.get('task')}, {len(samples)} prompts"
+        title = f"{what}, compressed at the {samples[0].compress_at}"
     decomposer, weights = Decomposer(prompts), resample_weights(len(prompts), config.draws, config.seed)
     rows = sorted(
         (make_row(decomposer, prompts, policies, index, weights) for index in range(len(policies))),
@@ -202,14 +204,14 @@ def _write(summary: GapSummary, title: str) -> None:
     folder = summary.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "gaps.jsonl", "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in summary.rows))
-    write_text(folder / "gaps.csv", _csv([flat_row(row) for row in summary.rows]))
-    text = f"# Gaps to the oracle: {title}\n\n```\n{table(summary.rows)}\n```\n\n"
+    tables = [("", table_lines(summary.rows))]
     if summary.shapes:
         write_text(
             folder / "shapes.csv", _csv([{**row.to_json(), "harm": None, **row.harm} for row in summary.shapes], ("harm",))
         )
-        text += f"## Least harm of every shape of budgets\n\n```\n{shape_table(summary.shapes)}\n```\n\n"
-    write_text(folder / "gaps.md", text + "".join(f"- {sentence}\n" for sentence in summary.sentences))
+        tables.append(("Least harm of every shape of budgets", shape_lines(summary.shapes)))
+    data = _csv([flat_row(row) for row in summary.rows])
+    save_tables(folder, "gaps", f"Gaps to the oracle: {title}", tables, data, summary.sentences)
 
 
 def flat_row(row: GapRow) -> dict[str, Any]:

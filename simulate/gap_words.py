@@ -10,7 +10,7 @@ import numpy as np
 from kvtool.policies.shapes import SHAPES
 from kvtool.simulate.gap_rows import NOTHING, GapRow, ShapeRow
 from kvtool.simulate.gaps import PARTS, Part
-from kvtool.textgrid import grid
+from kvtool.textgrid import Lines, grid
 
 WORDS: dict[Part, str] = {
     "allocation": "how the budget is shared",
@@ -29,7 +29,12 @@ def number(value: float) -> str:
 
 
 def table(rows: Sequence[GapRow]) -> str:
-    """Return the table of all configurations."""
+    """Return the table of all configurations, for the terminal."""
+    return grid(*table_lines(rows))
+
+
+def table_lines(rows: Sequence[GapRow]) -> Lines:
+    """Return header and lines of the table of all configurations."""
     header = ["policy", "kept", "shape", "harm", "oracle", *PARTS, "explained by"]
     lines = []
     for row in rows:
@@ -43,16 +48,21 @@ def table(rows: Sequence[GapRow]) -> str:
         said += ", yardstick" if row.yardstick else ""
         figures = [number(row.harm.mean), number(row.oracle.mean), *parts, said]
         lines.append([row.policy, f"{100 * row.retention:.2f}%", row.shape, *figures])
-    return grid(header, lines)
+    return header, lines
 
 
 def shape_table(rows: Sequence[ShapeRow]) -> str:
-    """Return the least harm of every shape, by ranking and budget."""
+    """Return the least harm of every shape, by ranking and budget, for the terminal."""
+    return grid(*shape_lines(rows))
+
+
+def shape_lines(rows: Sequence[ShapeRow]) -> Lines:
+    """Return header and lines of the table of shapes."""
     shapes = [shape for shape in SHAPES if any(shape in row.harm for row in rows)]
     lines = [
         [row.scorer, row.budget, *(number(row.harm[shape]) if shape in row.harm else "-" for shape in shapes)] for row in rows
     ]
-    return grid(["ranking", "budget", *shapes], lines)
+    return ["ranking", "budget", *shapes], lines
 
 
 def budgets_of(rows: Sequence[GapRow]) -> dict[str, list[GapRow]]:

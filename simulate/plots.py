@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvtool.files import write_atomic
+from kvtool.files import write_text
+from kvtool.naming import figure_names, wrapped
+from kvtool.pictures import save_canvas
 from kvtool.simulate.rank import Row
+from kvtool.textgrid import csv_text
 
 #: Okabe-Ito, safe for colour-blind readers; markers differ too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -18,7 +20,7 @@ MOST = 12
 
 
 def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw risk (with intervals) and recall against retention, one line per method, and write a PNG atomically."""
+    """Draw risk (with intervals) and recall against retention, one line per method; PNG, SVG, PDF and the data as CSV."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,6 +29,7 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
 
     able = [row for row in rows if row.status == "ok" and row.budget is not None]
     methods = _best_methods(able)
+    names = {method: wrapped(name, 40) for method, name in figure_names(methods).items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3 + 0.2 * (len(methods) // 4 + 1)), layout="constrained")
     for index, method in enumerate(methods):
         points = sorted((row for row in able if row.method == method), key=lambda row: row.retention)
@@ -40,8 +43,8 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
         risk = [row.risk or 0.0 for row in points]
         spread = [[h - (r.risk_low or 0.0) for h, r in zip(risk, points, strict=True)],
                   [(r.risk_high or 0.0) - h for h, r in zip(risk, points, strict=True)]]  # fmt: skip
-        left.errorbar(x, risk, yerr=spread, label=method, elinewidth=0.8, capsize=2, **style)
-        right.plot(x, [row.recall for row in points], label=method, **style)
+        left.errorbar(x, risk, yerr=spread, label=names[method], elinewidth=0.8, capsize=2, **style)
+        right.plot(x, [row.recall for row in points], label=names[method], **style)
     front = sorted((row for row in able if row.pareto), key=lambda row: row.retention)
     marks = {"s": 110, "facecolors": "none", "edgecolors": "#666666", "linewidths": 1.2, "label": "Pareto front", "zorder": 4}
     left.scatter([100 * r.retention for r in front], [r.risk or 0.0 for r in front], **marks)
@@ -57,12 +60,14 @@ def plot_ranking(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_xlabel("KV entries kept (% of the prompt)")
         axis.grid(alpha=0.25)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    longest = max((len(part) for label in labels for part in label.split("\n")), default=1)
+    columns = max(1, min(4, int(11 / (0.55 + 0.065 * longest))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    save_canvas(figure, path.parent, path.stem, 130)
     plt.close(figure)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    header = ["policy", "method", "budget", "status", "retention", "risk", "risk_low", "risk_high", "recall", "pareto"]
+    write_text(path.with_suffix(".csv"), csv_text(header, [[getattr(row, name) for name in header] for row in rows]))
 
 
 def _apart(values: list[float]) -> list[float]:

@@ -21,6 +21,7 @@ from kvtool.simulate.spaces import AUTO, Space, parse_space, with_statistics
 from kvtool.simulate.study import BATCH, check_optuna
 from kvtool.simulate.trials import By, Task, captured_statistics, run_trials
 from kvtool.simulate.verdict import Verdict, split_prompts
+from kvtool.textgrid import save_tables
 
 if TYPE_CHECKING:
     from kvtool.capture.reader import Capture, CapturedSample
@@ -149,6 +150,7 @@ def run_search(config: SearchConfig, out: str | Path) -> SearchSummary:
     """
     from kvtool.capture.reader import open_capture
     from kvtool.simulate.search_plots import plot_search
+    from kvtool.simulate.search_text import choice_data, choice_table
 
     folder = Path(out)
     with open_capture(config.capture) as capture:
@@ -166,6 +168,7 @@ def run_search(config: SearchConfig, out: str | Path) -> SearchSummary:
     summary = _summary(folder, task, records, chosen, provenance)
     write_text(folder / (AUTO_RESULT if config.auto else RESULT), _yaml(summary, provenance))
     plot_search(summary, task.objectives, records, folder / "search.png", title)
+    save_tables(folder, "choices", f"Searched: {title}", [("", choice_table(summary))], choice_data(summary), summary.notes)
     return summary
 
 

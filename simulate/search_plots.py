@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvtool.files import write_text
 from kvtool.pictures import save_canvas
 from kvtool.simulate.plots import COLOURS, MARKERS
+from kvtool.textgrid import csv_text
 
 if TYPE_CHECKING:
     from kvtool.simulate.search import SearchSummary
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def plot_search(
     summary: SearchSummary, objectives: Sequence[str], records: Sequence[dict[str, Any]], path: Path, title: str
 ) -> None:
-    """Draw the trials and the verdicts, and write PNG, SVG and PDF atomically."""
+    """Draw the trials and the verdicts, and write PNG, SVG and PDF atomically, with all that is drawn as CSV."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,6 +35,23 @@ def plot_search(
     figure.suptitle(title, fontsize=11)
     save_canvas(figure, path.parent, path.stem, 120)
     plt.close(figure)
+    write_text(path.with_suffix(".csv"), search_csv(summary, objectives, records))
+
+
+def search_csv(summary: SearchSummary, objectives: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
+    """Return both panels as CSV: a line per trial and objective, then one per choice."""
+    header = ["panel", "trial", "what", "budget", "policy", "value", "best_so_far", "default", "difference", "low", "high"]
+    lines: list[list[Any]] = []
+    for index, name in enumerate(objectives):
+        values = [None if r["values"][index] is None else float(r["values"][index]) for r in records]
+        best = np.fmin.accumulate(np.asarray(values, dtype=np.float64))
+        for number, (value, least) in enumerate(zip(values, best.tolist(), strict=True)):
+            lines.append(["trials", number, name, None, None, value, least, None, None, None, None])
+    for v in summary.verdicts:
+        lines.append(["judged", None, "prompts of the search", v.budget, v.policy, v.searched, *[None] * 5])
+        figures = [v.held_out, None, v.default_held_out, v.difference, v.low, v.high]
+        lines.append(["judged", None, "held out", v.budget, v.policy, *figures])
+    return csv_text(header, lines)
 
 
 def _history(axes: Any, objectives: Sequence[str], records: Sequence[dict[str, Any]], by: str) -> None:

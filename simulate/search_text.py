@@ -5,7 +5,7 @@ from __future__ import annotations
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from kvtool.textgrid import figure, grid
+from kvtool.textgrid import Lines, csv_text, figure, grid
 
 if TYPE_CHECKING:
     from kvtool.simulate.search import SearchSummary
@@ -16,8 +16,7 @@ NAMES = {"grid": "every setting", "random": "random settings", "tpe": "Optuna's 
 
 def summary_text(summary: SearchSummary) -> str:
     """Return the table of choices, the reasons in plain words, and where the files are."""
-    header = ["setting", "kept", f"{summary.by}, searched", "held out", "defaults", "difference (95 %)", "ties"]
-    table = grid(header, [_cells(verdict) for verdict in summary.verdicts])
+    table = grid(*choice_table(summary))
     lines = [
         f"{summary.n_trials} trials ({NAMES[summary.sampler]}; {summary.n_repeated} repeated, {summary.n_impossible} impossible) of "
         f"{summary.space}",
@@ -37,6 +36,19 @@ def summary_text(summary: SearchSummary) -> str:
     files = [name, "trials.jsonl", "search.png", *([] if summary.sampler == "grid" else ["study.journal"])]
     lines += ["", *summary.notes, *(str(summary.folder / file) for file in files)]
     return "\n".join([*lines, f"confirm: {confirming(summary, name)}"])
+
+
+def choice_table(summary: SearchSummary) -> Lines:
+    """Return header and lines of the choices."""
+    header = ["setting", "kept", f"{summary.by}, searched", "held out", "defaults", "difference (95 %)", "ties"]
+    return header, [_cells(verdict) for verdict in summary.verdicts]
+
+
+def choice_data(summary: SearchSummary) -> str:
+    """Return the choices as CSV, unrounded."""
+    names = "budget policy default retention searched default_searched held_out default_held_out difference low high verdict n_tied reason"
+    keys = names.split()
+    return csv_text(keys, [[getattr(verdict, key) for key in keys] for verdict in summary.verdicts])
 
 
 def confirming(summary: SearchSummary, name: str) -> str:

@@ -70,13 +70,13 @@ def test_cells_table_and_files(tmp_path: Path) -> None:
     assert rows[3] == ["h2o:budget=2%", "-", "-", "0.25", "-", "12"]
     assert "impossible cells: 3" in found.text()
     files = write_needles(found, tmp_path / "maps")
-    assert {f.name for f in files} == {"niah.csv", "niah.md", "niah.png", "niah.svg", "niah.pdf"}
+    assert {f.name for f in files} == {f"niah.{ending}" for ending in ("csv", "md", "tex", "png", "svg", "pdf")}
     with (tmp_path / "maps" / "niah.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 24
     assert {line["status"] for line in lines} == {"ok", "impossible"}
     svg = (tmp_path / "maps" / "niah.svg").read_text()
-    for text in ("full cache", "prompt length (tokens)", "depth of the needle (%)", "snapkv:budget=2%"):
+    for text in ("full cache", "prompt length (tokens)", "the needle (%)", "snapkv:budget=2%"):
         assert text in svg
     before = (tmp_path / "maps" / "niah.png").read_bytes()
     write_needles(found, tmp_path / "maps")
@@ -107,4 +107,23 @@ def test_depths_that_were_drawn_are_put_into_classes(tmp_path: Path) -> None:
     loose = [{**r, "meta": {**r["meta"], "depth": d}} for r, d in zip(grid(), (0.0, 0.099, 0.1, 1.0), strict=False)]
     for r in loose:
         del r["meta"]["depth_asked"]
-    assert read_needles([write_run(tmp_path / "run", loose)]).depths == [5.0, 15.0, 95.0]
+    assert read_needles([write_run(tmp_path / "run", loose)]).depths == [10.0, 90.0]
+    # With enough prompts of a length there are ten classes: the same boundaries as by hand.
+    many = [{**r, "unit": f"{r['unit']} {i}", "sample": f"{r['sample']}-{i}"} for r in loose for i in range(30)]
+    found = read_needles([write_run(tmp_path / "many", many)])
+    assert found.depths == [5.0, 15.0, 95.0]
+    assert {cell.depth: cell.n for cell in found.cells if cell.n} == {5.0: 60, 15.0: 30, 95.0: 30}
+
+
+def test_a_single_length_is_one_map_of_policies_over_depths(tmp_path: Path) -> None:
+    records = [r for r in grid() if r["meta"]["length"] == 1024]
+    found = read_needles([write_run(tmp_path / "run", records)])
+    files = write_needles(found, tmp_path / "maps", {"snapkv:budget=2%": "SnapKV at 2%"})
+    svg = next(f for f in files if f.suffix == ".svg").read_text()
+    for text in ("full cache", "depth of the needle (%)", "SnapKV at 2%", "h2o:budget=2%"):
+        assert svg.count(text) == 1
+    assert "prompt length" not in svg
+    assert svg.count(">.75<") == 3  # three of four prompts are right at the end, for every policy but the full cache
+    lines = list(csv.DictReader((tmp_path / "maps" / "niah.csv").read_text().splitlines()))
+    assert {(line["policy"], line["name"]) for line in lines} >= {("snapkv:budget=2%", "SnapKV at 2%"), ("full", "full cache")}
+    assert "4 prompts a cell" in (tmp_path / "maps" / "niah.md").read_text()

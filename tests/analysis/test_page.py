@@ -50,6 +50,7 @@ def page_text() -> str:
     groups = [
         Group("a", "Tables", [short, long_table()]),
         Group("b", "Figures", [], [figure("small", 10), figure("large", 3000)]),
+        Group("d", "Broad", [Table("broad", "Broad", "", ("a", "b", "c", "d"), ((words("x"),) * 4,), wanted=2)]),
         Group("c", "Folded", folded=[Table("fold", "Fold", "", ("what", "value"), short.rows)]),
     ]
     values: dict[str, Any] = {
@@ -174,6 +175,17 @@ def test_the_keyboard_reaches_sorts_and_shows_where_it_is(opened: Any, key: str)
     assert opened.run(TEXTS.format(1))[:3] == ["0.0", "1.0", "2.0"]
 
 
+@pytest.mark.parametrize("key", ["Enter", " "])
+def test_further_columns_are_a_key_away(opened: Any, key: str) -> None:
+    seen = "Array.from(document.querySelectorAll('#t-broad thead th')).filter(t => t.offsetWidth > 0).length"
+    assert opened.run(seen) == 2
+    opened.run("document.querySelector('[data-for=t-broad] button').focus()")
+    opened.press(key)
+    assert opened.run(seen) == 4
+    opened.press(key)
+    assert opened.run(seen) == 2
+
+
 def test_without_scripts_the_first_rows_are_there(opened: Any, tmp_path: Path) -> None:
     opened.scripting(False)
     opened.open(tmp_path / "report.html")
@@ -187,6 +199,15 @@ def test_without_scripts_the_first_rows_are_there(opened: Any, tmp_path: Path) -
 def test_the_page_is_as_wide_as_the_window(opened: Any, tmp_path: Path, width: int) -> None:
     opened.open(tmp_path / "report.html", width)
     assert opened.run("document.documentElement.scrollWidth") == width
+
+
+def test_nothing_lies_beyond_the_paper(opened: Any, tmp_path: Path) -> None:
+    opened.media(kind="print")
+    opened.size(720)  # of A4, in CSS pixels, less margins
+    boxes = "Array.from(document.querySelectorAll('table, svg, img'), e => e.getBoundingClientRect())"
+    beyond = f"{boxes}.filter(b => b.width && b.right > 720)"
+    assert opened.run(f"{beyond}.length") == 0
+    assert opened.run("document.documentElement.scrollWidth") == 720
 
 
 def test_light_dark_and_printed(opened: Any, tmp_path: Path) -> None:
