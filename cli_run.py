@@ -11,7 +11,6 @@ from kvtool.cli_options import emit, execution_options, json_option, named_devic
 
 if TYPE_CHECKING:
     from kvtool.executors.execution import Execution
-    from kvtool.studies.graph import Node
     from kvtool.studies.schema import Study
 
 #: Where results go by default: one folder per study and scale.
@@ -106,26 +105,32 @@ def _status_of_folders(folder: Path, as_json: bool) -> None:
 def _dry_run(study: Study, out: Path, device: str, dtype: str, assume: str | None, as_json: bool) -> None:
     """Print every node with what it will take."""
     from kvtool.progress import say
-    from kvtool.studies.estimate import assumed_rates, beyond_context, estimate, facts, measure_rates, measured_factors
+    from kvtool.studies.estimate import assumed_rates, estimate, facts, measure_rates, measured_factors
     from kvtool.studies.graph import build_graph
-    from kvtool.studies.state import Mark, mark_of
+    from kvtool.studies.plan import IDLE, plan_nodes
     from kvtool.studies.tables import duration, plan_table, size
 
-    nodes, marks = build_graph(study, dtype), dict[str, Mark]()
-    for node in nodes:
-        marks[node.key] = mark_of(out.absolute(), node, marks)
+    nodes = build_graph(study, dtype)
+    marks, remarks = plan_nodes(nodes, out.absolute())
     if assume is None:
         say("measuring what this device does in a second")
     rates = measure_rates(device) if assume is None else assumed_rates(assume)
-    measured = [(node, mark.seconds if (mark := marks[node.key]).whole else None) for node in nodes]
+    measured = [(node, mark.seconds if mark.whole else None) for node, mark in zip(nodes, marks, strict=True)]
     factors = measured_factors(measured, rates)
     estimates = [estimate(node, rates, factors) for node in nodes]
-    states = ["beyond context" if beyond_context(node) else marks[node.key].state for node in nodes]
-    states = ["skipped" if _rests_on(node, nodes, states) else state for node, state in zip(nodes, states, strict=True)]
-    left = facts(e for e, state in zip(estimates, states, strict=True) if state not in ("done", "beyond context", "skipped"))
+    states = [mark.state for mark in marks]
+    left = facts(e for e, state in zip(estimates, states, strict=True) if state not in IDLE)
     rows: list[dict[str, Any]] = [
-        {"node": n.title, "folder": n.name, "state": s, "units": e.units, "seconds": e.seconds, "bytes": e.bytes_}
-        for n, e, s in zip(nodes, estimates, states, strict=True)
+        {
+            "node": n.title,
+            "folder": n.name,
+            "state": m.state,
+            "note": m.note,
+            "units": e.units,
+            "seconds": e.seconds,
+            "bytes": e.bytes_,
+        }
+        for n, e, m in zip(nodes, estimates, marks, strict=True)
     ]
     notes = [f"{len(nodes)} nodes; about {duration(left['seconds'])} to go, at most {size(left['bytes'])} of memory at a time"]
     notes += [f"{left['unknown']} nodes are of models whose size is not known here: not counted"] if left["unknown"] else []
@@ -136,15 +141,10 @@ def _dry_run(study: Study, out: Path, device: str, dtype: str, assume: str | Non
         else "expect a factor of two either way"
     )
     speed = f"{rates.flops / 1e9:.0f} GFLOP/s and {rates.bytes_per_s / 1e9:.1f} GB/s {how}"
+    notes += remarks
     notes.append(f"estimated for {rates.device}: {speed}; {worth}")
     emit(
         as_json,
         {"nodes": rows, "left": left, "rates": rates, "factors": factors},
         "\n".join([plan_table(nodes, estimates, states), "", *notes]),
     )
-
-
-def _rests_on(node: Node, nodes: list[Node], states: list[str]) -> bool:
-    """Whether a node works on one whose prompts its model cannot hold."""
-    without = {other.key for other, state in zip(nodes, states, strict=True) if state == "beyond context"}
-    return any(below.key in without or _rests_on(below, nodes, states) for below in node.inputs.values())

@@ -108,6 +108,17 @@ def _depth_name(cell: Cell, is_grid: bool) -> str:
     return f"-d{cell.depth:g}" if is_grid and cell.depth is not None else ""
 
 
+def grid_points(request: TaskRequest) -> int:
+    """Return how many points the grid of a request has; 1 where there is none.
+
+    Raises
+    ------
+    ConfigError
+        ``depth`` and ``depths`` at once, or unreadable ones.
+    """
+    return len(_cells(request)[0])
+
+
 def _cells(request: TaskRequest) -> tuple[list[Cell], bool]:
     """Return the points of the grid, and whether there is one.
 

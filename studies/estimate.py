@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import ConfigError
 from kvtool.infer.stress_plan import doubling
+from kvtool.studies.content import longest_allowed, n_prompts
 
 if TYPE_CHECKING:
     from kvtool.shapes import Shape
@@ -29,21 +30,21 @@ if TYPE_CHECKING:
 LAYER_S = {"cpu": 0.0006, "cuda": 0.0004}
 #: Measured over modelled time, on the embedded model and two cores; see docs/studies.md.
 FACTORS = {
-    "capture": 4.0,
+    "capture": 2.0,
     "classify": 2.0,
-    "simulate": 1.0,
-    "refine": 1.5,
-    "gaps": 1.0,
-    "search": 1.0,
+    "simulate": 1.7,
+    "refine": 0.9,
+    "gaps": 0.7,
+    "search": 0.5,
     "compensation": 1.0,
-    "importance": 1.5,
-    "hiv": 1.5,
-    "infer": 2.5,
-    "cliffs": 2.5,
+    "importance": 1.0,
+    "hiv": 0.4,
+    "infer": 1.25,
+    "cliffs": 1.7,
     "compare": 1.0,
     "consistency": 1.0,
-    "perplexity": 2.0,
-    "stress": 3.0,
+    "perplexity": 1.0,
+    "stress": 2.0,
     "no_cache": 1.0,
     "analyze": 1.0,
 }
@@ -53,8 +54,14 @@ NEW_TOKENS = 32
 MOVED = {"simulate": 100, "gaps": 24_000, "search": 4_200, "compensation": 32_000}
 #: Masked forwards per policy and block size, of a compensation that is refined.
 STATES = 16
-#: What the process itself takes in main memory: interpreter, torch and the other libraries.
-PROCESS_BYTES = 470_000_000
+#: What the process itself takes in main memory: interpreter, torch and the other libraries, figures.
+PROCESS_BYTES = 760_000_000
+#: Copies of the logits of a text: as they come, as 32-bit numbers, as probabilities.
+LOGITS = 3
+#: A step that evicts, over one that does not.
+STEPPED = 2.4
+#: Seconds that the first forwards of a stage take more than later ones.
+COLD_S = 2.5
 #: Seconds of one paired comparison with 9,999 draws.
 COMPARISON_S = 0.05
 
@@ -162,12 +169,12 @@ def _local_shape(file: Path) -> Shape | None:
 
 def beyond_context(node: Node) -> str | None:
     """Return why a node's prompts cannot be run by a model whose context is known without loading it, or None."""
-    if node.stage.kind not in ("capture", "infer") or node.work["length"] is None or node.work["task"].startswith("longbench"):
+    if node.stage.kind not in ("capture", "infer") or (length := longest_allowed(node.work)) is None:
         return None
     shape = model_shape(node.work["model"])
-    if shape is None or node.work["length"] < shape.context:
+    if shape is None or length < shape.context:
         return None
-    return f"prompts of {node.work['length']} tokens, {node.work['model']} has a context of {shape.context}"
+    return f"prompts of {length} tokens, {node.work['model']} has a context of {shape.context}"
 
 
 def estimate(node: Node, rates: Rates, factors: Mapping[str, float]) -> Estimate:
@@ -180,10 +187,11 @@ def estimate(node: Node, rates: Rates, factors: Mapping[str, float]) -> Estimate
     """
     shape, units = model_shape(node.cell.model.text), n_units(node)
     kind = node.stage.kind
+    process = PROCESS_BYTES if rates.device == "cpu" else 0
     if kind in ("classify", "analyze", "consistency"):
-        return Estimate(units, 3.0 * factors[kind], 0)
+        return Estimate(units, 3.0 * factors[kind], process)
     if kind == "compare":
-        return Estimate(units, (2.0 + COMPARISON_S * _comparisons(node) * node.work["draws"] / 9999) * factors[kind], 0)
+        return Estimate(units, (2.0 + COMPARISON_S * _comparisons(node) * node.work["draws"] / 9999) * factors[kind], process)
     if shape is None:
         return Estimate(units, None, None)
     cost = _Cost(shape, rates)
@@ -195,13 +203,13 @@ def n_units(node: Node) -> int:
     """Return how many pieces of work a node has; of a shortlist, the policies are counted once it is there."""
     work, n_policies = node.work, max(1, len(node.policies))
     if node.stage.kind == "capture":
-        return int(work["n"])
+        return n_prompts(work)
     if node.stage.kind == "infer":
-        return int(work["n"]) * (n_policies + 1)
+        return n_prompts(work) * (n_policies + 1)
     if node.stage.kind in ("simulate", "gaps", "compensation", "importance", "hiv"):
         return len(node.policies)
     if node.stage.kind == "cliffs":
-        return int(node.inputs["infer"].work["n"]) * _finer(node)
+        return n_prompts(node.inputs["infer"].work) * _finer(node)
     if node.stage.kind == "no_cache":
         return len(list(doubling(work["length"], work["max_length"]))) * int(work["repeats"])
     if node.stage.kind == "refine":
@@ -269,9 +277,9 @@ class _Cost:
         """Seconds of the arithmetic; the stage's factor comes on top."""
         work, kind = node.work, node.stage.kind
         captured = node.inputs["capture"].work if "capture" in node.inputs else work
-        length, n = int(captured.get("length") or NEW_TOKENS * 64), int(captured.get("n") or 1)
+        length, n = int(captured.get("length") or NEW_TOKENS * 64), n_prompts(captured) if "n" in captured else 1
         if kind == "capture":
-            return (n + min(n, int(work["permute"]))) * (self.prompt_s(length) + self.prompt_s(NEW_TOKENS))
+            return COLD_S + (n + min(n, int(work["permute"]))) * (self.prompt_s(length) + self.prompt_s(NEW_TOKENS))
         if kind in ("simulate", "gaps", "search", "compensation"):
             points = {
                 "search": work.get("trials", 1) * len(work.get("budgets", ())),
@@ -292,7 +300,7 @@ class _Cost:
             return 2.0 + n * (self.prompt_s(length) + int(work["refine"]) * self.prompt_s(NEW_TOKENS))
         if kind == "infer":
             kept = sum(entries(text, length) for text in node.policies) + length
-            return self._infer_s(work, len(node.policies) + 1, kept)
+            return COLD_S + self._infer_s(work, len(node.policies) + 1, kept)
         if kind == "cliffs":
             real = node.inputs["infer"].work
             return self._infer_s(real, _finer(node), _finer(node) * int(real["length"] or length) / 4)
@@ -300,17 +308,17 @@ class _Cost:
             per_run = (int(work["n_new"]) + 1) * int(work["repeats"])
             return per_run * sum(self.prompt_s(t) for t in doubling(work["length"], work["max_length"]))
         if kind == "perplexity":
-            return float(sum(self._reading_s(text, work) for text in ("full", *node.policies)))
+            return COLD_S + float(sum(self._reading_s(text, work) for text in ("full", *node.policies)))
         runs = (len(node.policies) + 2) * (work["repeats"] + work["warm_ups"])
         timed = sum(runs * (self.prompt_s(t, b) + work["n_new"] * self.step_s(t, b)) for t, b in _stress_points(node))
-        return float(timed + work["endless"] * 2 * len(node.policies) * self.step_s(work["length"]))
+        return COLD_S + float(timed + work["endless"] * 2 * len(node.policies) * STEPPED * self.step_s(work["length"]))
 
     def _infer_s(self, work: Mapping[str, Any], n_policies: int, kept: float) -> float:
         """Seconds of real runs: a prompt per sample, and an answer per policy; `kept`: entries of all policies together."""
         length = int(work["length"] or NEW_TOKENS * 64)
         steps = int(work["max_new_tokens"] or NEW_TOKENS) if work["generate"] else 1
         each = 0.0 if not n_policies else n_policies * self.step_s(kept / n_policies)
-        return int(work["n"]) * (self.prompt_s(length) + steps * each)
+        return n_prompts(work) * (self.prompt_s(length) + steps * each)
 
     def _reading_s(self, text: str, work: Mapping[str, Any]) -> float:
         """A policy that goes by position alone reads many tokens at once, any other one by one."""
@@ -321,25 +329,47 @@ class _Cost:
         method = parse_policy(text).method
         if method.keeps_all or isinstance(method.parts().scorer, Position):
             return n * self.prompt_s(length)
-        return -(-n // int(work["batch"])) * length * self.step_s(entries(text, length), int(work["batch"]))
+        return STEPPED * -(-n // int(work["batch"])) * length * self.step_s(entries(text, length), int(work["batch"]))
 
     def memory(self, node: Node) -> int:
         """Bytes: weights, cache of the longest prompt, activations of one layer, statistics; on a CPU the process' own, too."""
+        from kvtool.infer.perplexity_score import CHUNK, MOST_LOGITS
+
         shape, size, kind = self.shape, self._itemsize, node.stage.kind
         if kind in ("simulate", "gaps", "search"):
-            return 0
+            return self._process
         captured = node.inputs["capture"].work if "capture" in node.inputs else node.work
         captured = node.inputs["infer"].work if kind == "cliffs" else captured
         length, batch = captured.get("length") or NEW_TOKENS * 64, 1
         if kind == "stress":
             length, batch = max(_stress_points(node), key=lambda at: at[0] * at[1], default=(length, 1))
+        elif kind == "no_cache":
+            length = node.work["max_length"]
+        elif kind == "perplexity":
+            batch = node.work["batch"]
         hidden = int(shape.config["hidden_size"])
         wide = int(shape.config.get("intermediate_size") or shape.config.get("ffn_dim") or 4 * hidden)
         active = batch * length * size * (4 * hidden + 3 * wide + 4 * shape.n_heads * shape.head_dim)
-        total = shape.n_parameters * size + 2 * batch * length * shape.kv_bytes_per_token(size) + active
+        if kind == "perplexity":
+            active += LOGITS * min(batch * min(length, CHUNK) * int(shape.config.get("vocab_size", 0)), MOST_LOGITS) * 4
+        total = 2 * batch * length * shape.kv_bytes_per_token(size) + active
         if kind == "capture":
             total += 12 * 4 * shape.n_heads * length * shape.n_layers
-        return int(total) + (PROCESS_BYTES if self.rates.device == "cpu" else 0)
+        if kind == "stress":
+            total = max(total, 2 * self._probe())
+        return int(total) + shape.n_parameters * size + self._process
+
+    @property
+    def _process(self) -> int:
+        return PROCESS_BYTES if self.rates.device == "cpu" else 0
+
+    def _probe(self) -> int:
+        """Bytes of each of the two tensors that the memory bandwidth is measured with; of a device that is not here: unknown."""
+        import torch
+
+        from kvtool.infer.bandwidth import probe_bytes
+
+        return probe_bytes(torch.device(self.rates.device)) if self.rates.measured else 0
 
 
 def entries(text: str, length: int) -> float:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvtool.analysis.look_figures import short
+from kvtool.naming import short_name
 from kvtool.studies.graph import Node
 from kvtool.studies.naming import without_heads
 from kvtool.studies.state import folder_of
@@ -102,5 +102,5 @@ def _hiv(folder: Path) -> list[list[str]]:
         for row in rows:
             if row["level"] == "kv_heads" and row["policy"] != "full" and row["message"] is None:
                 cells = [_mean(row[name]) for name in ("ratio", "spearman", "overlap")]
-                found.append([pattern, short(row["policy"]), row["measure"], f"{100 * row['retention']:.1f}", *cells])
+                found.append([pattern, short_name(row["policy"]), row["measure"], f"{100 * row['retention']:.1f}", *cells])
     return found

@@ -6,7 +6,6 @@ capture that the heads are classified on) is one node; what a change of the stud
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 from kvtool.errors import KvtoolError
 from kvtool.files import config_hash
-from kvtool.studies.content import has_own_lengths, is_fixed, model_content, task_files
+from kvtool.studies.content import has_own_lengths, is_fixed, model_content, n_points, task_files
 from kvtool.studies.parse import expand
 from kvtool.studies.schema import FRESH, Choice, Stage, Study
 from kvtool.studies.stages import (
@@ -30,6 +29,7 @@ from kvtool.studies.stages import (
     RefineStage,
     SimulateStage,
     StressStage,
+    settings_of,
 )
 
 GRAPH_SCHEMA = 1
@@ -136,6 +136,10 @@ class _Builder:
     def _base(self) -> dict[str, Any]:
         return {"model": self.model.text, "content": model_content(self.model.text), "dtype": self.dtype}
 
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        return self.model.lengths or self.study.lengths
+
     def nodes(self) -> Iterator[Node]:
         for cell in self._cells():
             yield from self._of_cell(cell)
@@ -143,14 +147,14 @@ class _Builder:
             if stage.kind == "hiv":
                 yield from self._over_tasks(stage)
             elif isinstance(stage.parameters, StressStage | NoCacheStage) and self._has(stage, Cell(self.model)):
-                yield self._on_model(stage, Cell(self.model), dataclasses.asdict(stage.parameters))
+                yield self._on_model(stage, Cell(self.model), settings_of(stage.parameters))
             elif isinstance(stage.parameters, PerplexityStage):
                 yield from self._reading(stage, stage.parameters)
 
     def _cells(self) -> Iterator[Cell]:
         study, seen = self.study, set()
         for task in study.tasks:
-            for length in study.lengths:
+            for length in self._lengths:
                 for mode in study.compress_at:
                     cell = Cell(self.model, task, None if has_own_lengths(task) else length, mode)
                     if cell not in seen:
@@ -228,7 +232,9 @@ class _Builder:
         assert isinstance(settings, ClassifyStage)
         assert isinstance(of_capture, CaptureStage)
         task = settings.task or cell.task or self.study.tasks[0]
-        length = settings.length or cell.length or self.study.lengths[0]
+        length = settings.length or cell.length or self._lengths[0]
+        if self.model.lengths and length not in self.model.lengths:
+            length = self.model.lengths[0]
         mode = cell.compress_at or self.study.compress_at[0]
         place = Cell(self.model, task, None if has_own_lengths(task) else length, mode)
         if not self._has(capture, place) and settings.task is None and settings.length is None:
@@ -248,7 +254,7 @@ class _Builder:
         return Node(stage, cell, work, {"capture": captured, **self._with_heads(texts, heads)}, texts)
 
     def _on_capture(self, stage: Stage, cell: Cell, captured: Node, heads: Node | None) -> Node:
-        work, texts = dataclasses.asdict(stage.parameters), self._texts(stage) if stage.kind in WITH_POLICIES else ()
+        work, texts = settings_of(stage.parameters), self._texts(stage) if stage.kind in WITH_POLICIES else ()
         if stage.kind == "search":
             work["budgets"] = list(stage.subset.retentions or self.study.retentions)
         with_heads = self._with_heads(texts, heads) or ({"heads": heads} if work.get("space") and heads else {})
@@ -275,9 +281,9 @@ class _Builder:
         return Node(stage, cell, work, self._with_heads(texts, heads), texts)
 
     def _reading(self, stage: Stage, settings: PerplexityStage) -> Iterator[Node]:
-        shared = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("texts", "within")}
+        shared = {key: value for key, value in settings_of(settings).items() if key not in ("texts", "within")}
         for text in settings.texts:
-            for length in self.study.lengths:
+            for length in self._lengths:
                 cell = Cell(self.model, text, length)
                 if self._has(stage, cell):
                     yield self._on_model(
@@ -301,8 +307,8 @@ class _Builder:
 
     def _look_at(self, stage: Stage, cell: Cell, real: Node, captured: Node | None, ranked: Node | None) -> Node:
         """Return what one stage makes of one real run, with as much of what came before as it uses."""
-        inputs, work, texts = {"infer": real}, dataclasses.asdict(stage.parameters), tuple[str, ...]()
-        if stage.kind == "compare":
+        inputs, work, texts = {"infer": real}, settings_of(stage.parameters), tuple[str, ...]()
+        if "baseline" in work:
             named = {choice.label: choice.text for choice in self.study.policies}
             work["baseline"] = named.get(work["baseline"], work["baseline"])
         if stage.kind == "cliffs":
@@ -328,7 +334,7 @@ class _Builder:
             inputs = {"capture": self._capture(capture, capture.parameters, cells[0])}
             inputs |= {f"capture{i}": self._capture(capture, capture.parameters, cell) for i, cell in enumerate(cells[1:], 2)}
             heads = self._with_heads(texts, self._heads(cells[0]))
-            yield Node(stage, place, dataclasses.asdict(stage.parameters), inputs | heads, texts)
+            yield Node(stage, place, settings_of(stage.parameters), inputs | heads, texts)
 
     def _texts(self, stage: Stage) -> tuple[str, ...]:
         return tuple(text for choice in chosen(self.study, stage) for text in at_retentions(self.study, stage, choice))
@@ -347,7 +353,9 @@ def _prompts(cell: Cell, n: int, seed: int) -> dict[str, Any]:
     if task.startswith("longbench") and "limit=" not in task and cell.length is not None:
         # As in the official protocol: what is longer loses its middle.
         task = f"{task},limit={cell.length}"
-    facts = {"task": task, "length": cell.length, "n": n, "seed": seed, "compress_at": cell.compress_at}
+    # A grid makes n prompts for each of its points; a study counts prompts.
+    each = -(-n // n_points(task))
+    facts = {"task": task, "length": cell.length, "n": each, "seed": seed, "compress_at": cell.compress_at}
     return {**facts, "files": task_files(task)}
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvtool.errors import ConfigError, DataError, near_matches
+from kvtool.studies.content import n_points
+from kvtool.studies.directions import read_direction
 from kvtool.studies.located import Located, build, check_keys, convert, merge, parse_yaml, read_yaml
-from kvtool.studies.schema import SCALES, Choice, Direction, Stage, Study, Subset
+from kvtool.studies.schema import SCALES, Choice, Stage, Study, Subset, all_lengths
 from kvtool.studies.stages import KINDS, ON_CAPTURE, ON_INFER, WITH_POLICIES
 
 Item = TypeVar("Item")
@@ -94,7 +96,7 @@ def _study(root: Located, scale: str, folder: Path) -> Study:
         name=_name(values["study"], "'study'"),
         about=values["about"].text("'about'") if "about" in values else "",
         scale=scale,
-        models=_choices(values["models"], "'models'", _model),
+        models=_models(values["models"]),
         tasks=_listed(values.get("tasks"), _task),
         lengths=_listed(values.get("lengths"), _length),
         compress_at=_listed(values.get("compress_at"), _mode) or ("prompt",),
@@ -111,7 +113,7 @@ def _study(root: Located, scale: str, folder: Path) -> Study:
     study = dataclasses.replace(study, stages=tuple(sorted(found, key=lambda stage: list(KINDS).index(stage.kind))))
     _check_whole(study, stages)
     _check_heads(study, stages)
-    directions = tuple(_direction(item, study) for item in _items(values.get("directions")))
+    directions = tuple(read_direction(item, study) for item in _items(values.get("directions")))
     return dataclasses.replace(study, directions=directions)
 
 
@@ -165,6 +167,12 @@ def _task(found: Located) -> str:
     name, known = spec.partition(":")[0], [*TASKS, "file"]
     if name not in known:
         raise found.error(f"unknown task {name!r}.{near_matches(name, known)} Known: {', '.join(known)}")
+    try:
+        if name in TASKS:
+            TASKS[name].read_options(name, spec.partition(":")[2])
+            n_points(spec)
+    except (ConfigError, DataError) as error:
+        raise found.error(str(error)) from error
     return spec
 
 
@@ -206,6 +214,25 @@ def _choice(item: Located, what: str, check: Callable[[Located], str], group: st
         label, value = next(iter(item.value.items()))
         return Choice(label, check(value), group)
     return Choice(item.text(f"an item of {what}"), check(item), group)
+
+
+def _models(found: Located) -> tuple[Choice, ...]:
+    """Read models as policies are read; a mapping with ``id`` is one model with lengths of its own."""
+    if not (isinstance(found.value, dict) and found.value):
+        return _choices(found, "'models'", _model)
+    chosen: list[Choice] = []
+    for label, item in found.value.items():
+        own = isinstance(item.value, dict) and "id" in item.value
+        one = dataclasses.replace(found, value={label: item})
+        chosen += [_own_model(label, item)] if own else _choices(one, "'models'", _model)
+    return tuple(chosen)
+
+
+def _own_model(label: str, found: Located) -> Choice:
+    values = check_keys(found, ("id", "lengths"), f"model {label!r}")
+    if not (lengths := _listed(values.get("lengths"), _length)):
+        raise found.error(f"model {label!r} needs 'lengths'; without lengths of its own give it as {label}: ID")
+    return Choice(label, _model(values["id"]), lengths=lengths)
 
 
 def _model(found: Located) -> str:
@@ -298,7 +325,7 @@ def _subset(values: dict[str, Located], study: Study, what: str) -> Subset:
     groups = {choice.group for choice in study.policies if choice.group}
     known: dict[str, Sequence[Any]] = {
         "tasks": study.tasks,
-        "lengths": study.lengths,
+        "lengths": all_lengths(study),
         "compress_at": study.compress_at,
         "models": [choice.label for choice in study.models],
     }
@@ -337,13 +364,14 @@ def _label_or_policy(item: Located, labels: Sequence[str], retentions: tuple[str
 
 def _check_whole(study: Study, stages: Located) -> None:
     """Refuse stages that lack what they work on."""
+    lengths = study.lengths or all(model.lengths for model in study.models)
     for stage in study.stages:
         needed = NEEDS.get(stage.kind)
         if needed and study.stage(needed) is None:
             raise stages.error(f"stage {stage.name!r} needs a stage {needed!r}")
-        if stage.kind in ("capture", "infer") and not (study.tasks and study.lengths):
+        if stage.kind in ("capture", "infer") and not (study.tasks and lengths):
             raise stages.error(f"stage {stage.name!r} needs 'tasks' and 'lengths'")
-        if stage.kind == "perplexity" and not study.lengths:
+        if stage.kind == "perplexity" and not lengths:
             raise stages.error(f"stage {stage.name!r} needs 'lengths'")
         if stage.kind in WITH_POLICIES and not study.policies:
             raise stages.error(f"stage {stage.name!r} needs 'policies'")
@@ -376,17 +404,3 @@ def _reference(found: Located | None, folder: Path) -> str | None:
     if not path.is_file():
         raise found.error(f"'reference': {path} does not exist; it is looked for beside the study")
     return str(path)
-
-
-def _direction(found: Located, study: Study) -> Direction:
-    from kvtool.studies.results import METRICS
-
-    direction = build(Direction, found, "a direction")
-    if direction.metric not in METRICS:
-        near = near_matches(direction.metric, METRICS)
-        raise found.error(f"a direction's metric is {direction.metric!r}.{near} Known: {', '.join(METRICS)}")
-    labels = [choice.label for choice in study.policies]
-    for label in (direction.better, direction.worse):
-        if label not in labels:
-            raise found.error(f"a direction names {label!r}, which is no policy of the study.{near_matches(label, labels)}")
-    return direction

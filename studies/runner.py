@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,12 @@ from kvtool.progress import say
 from kvtool.studies.estimate import beyond_context
 from kvtool.studies.graph import ImpossibleCell, Node, build_graph, labels
 from kvtool.studies.schema import Study
-from kvtool.studies.state import BAD, STATES, Mark, begin, fail, finish, folder_of, mark_of, unable
+from kvtool.studies.state import BAD, STATES, Mark, begin, fail, finish, own_folder, unable
+from kvtool.studies.twins import Marks, TwinCell, Twins
 from kvtool.studies.work import LOCAL_ONLY, Bench, Models, Outcome, run_node
 
 if TYPE_CHECKING:
-    from kvtool.studies.report import Look
+    from kvtool.studies.look import Look
     from kvtool.studies.results import ResultRow
 
 STUDY_SCHEMA = "kvtool.study/1"
@@ -120,16 +122,18 @@ def run_study(
     began, out = time.monotonic(), out.absolute()
     nodes = build_graph(study, dtype)
     keep_source(study, source, out, dtype)
-    bench = Bench(out, Models(device, device_map), execution, labels(study))
-    marks: dict[str, Mark] = {}
+    bench = Bench(out, Models(device, device_map), execution, labels(study), Twins(out, nodes))
+    marks = Marks(out, bench.twins)
     tried: set[str] = set()
     while True:
         progress = False
         for number, node in enumerate(nodes, start=1):
-            marks[node.key] = mark = mark_of(out, node, marks)
-            if mark.state in ("done", "blocked", "skipped") or node.key in tried:
+            mark = marks.look(node)
+            marks.point(node)
+            if mark.state in ("done", "blocked", "skipped", "same") or node.key in tried:
                 continue
-            marks[node.key] = mark = _advance(node, bench, marks, f"{number}/{len(nodes)} {node.title}")
+            mark = marks[node.key] = _advance(node, bench, marks, f"{number}/{len(nodes)} {node.title}")
+            marks.point(node)
             if mark.state != "waiting":
                 tried |= {node.key} if mark.state != "partial" else set()
                 progress |= mark.state == "done"
@@ -153,13 +157,13 @@ def keep_source(study: Study, source: Path, out: Path, dtype: str) -> None:
     write_json(out / STUDY, facts)
 
 
-def _advance(node: Node, bench: Bench, marks: dict[str, Mark], label: str) -> Mark:
+def _advance(node: Node, bench: Bench, marks: Marks, label: str) -> Mark:
     """Run a node if what it works on is complete."""
-    above = unable(node, marks)
+    above = unable(node, marks.results)
     if above is not None:
         return above
     for below in node.inputs.values():
-        if marks[below.key].state != "done":
+        if marks.results[below.key].state != "done":
             return Mark("waiting", f"for {below.title}")
     if bench.execution.ray and node.stage.kind in LOCAL_ONLY:
         return Mark(
@@ -172,6 +176,8 @@ def _advance(node: Node, bench: Bench, marks: dict[str, Mark], label: str) -> Ma
         return _run(node, bench)
     except BusyError as error:
         return Mark("waiting", str(error))
+    except TwinCell as error:
+        mark = Mark("same", str(error))
     except ImpossibleCell as error:
         mark = fail(bench.out, node, "impossible", str(error))
     except CapacityError as error:
@@ -193,7 +199,7 @@ def _advance(node: Node, bench: Bench, marks: dict[str, Mark], label: str) -> Ma
 
 
 def _run(node: Node, bench: Bench) -> Mark:
-    folder = folder_of(bench.out, node)
+    folder = own_folder(bench.out, node)
     if node.stage.kind in SHARED:
         return _timed(node, bench, begin(bench.out, node))
     with claimed(folder, None, lambda alone: None):
@@ -204,20 +210,26 @@ def _timed(node: Node, bench: Bench, resumed: bool) -> Mark:
     """Run a node and mark it as done where its result is complete."""
     from kvtool.files import append_records
 
-    started = time.monotonic()
+    started, processor = time.monotonic(), _processor_s()
     outcome: Outcome = run_node(node, bench)
     seconds = time.monotonic() - started
-    sessions = folder_of(bench.out, node) / SESSIONS
-    append_records(sessions, [{"seconds": seconds, "shard": str(bench.execution.shard or ""), "missing": outcome.missing}])
+    sessions = own_folder(bench.out, node) / SESSIONS
+    facts = {"seconds": seconds, "processor_s": _processor_s() - processor}
+    append_records(sessions, [{**facts, "shard": str(bench.execution.shard or ""), "missing": outcome.missing}])
     if outcome.missing:
         return Mark("partial", f"{outcome.missing} pieces are for other shards")
     total = sum(record["seconds"] for record in read_records(sessions))
     return finish(bench.out, node, outcome.notes, total, not resumed)
 
 
-def _summary(study: Study, nodes: Sequence[Node], marks: dict[str, Mark], out: Path, seconds: float) -> StudySummary:
+def _processor_s() -> float:
+    """Return the processor time of this process and of the children that have ended."""
+    return sum(os.times()[:4])
+
+
+def _summary(study: Study, nodes: Sequence[Node], marks: Mapping[str, Mark], out: Path, seconds: float) -> StudySummary:
     from kvtool.studies.extras import extra_tables
-    from kvtool.studies.report import Look
+    from kvtool.studies.look import Look
     from kvtool.studies.results import collect
     from kvtool.studies.tables import results_text, write_results
 
@@ -247,10 +259,10 @@ def _report(
 
 def study_status(study: Study, out: Path, dtype: str = "auto") -> StudySummary:
     """Return what is known of a study's nodes, from the output folder; runs nothing."""
-    out, marks = out.absolute(), dict[str, Mark]()
-    nodes = build_graph(study, dtype)
+    out, nodes = out.absolute(), build_graph(study, dtype)
+    marks = Marks(out, Twins(out, nodes))
     for node in nodes:
-        marks[node.key] = mark_of(out, node, marks)
+        marks.look(node)
     return StudySummary(out, study.name, study.scale, tuple(_row(node, marks[node.key]) for node in nodes), "", 0.0)
 
 

@@ -16,7 +16,7 @@ FRESH = 1000
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A policy of a study.
+    """A policy or a model of a study.
 
     Attributes
     ----------
@@ -26,11 +26,14 @@ class Choice:
         Text form, without a heads file.
     group : str
         Heading that it stands under, or ``""``.
+    lengths : tuple of int or None
+        Of a model: prompt tokens in the place of the study's.
     """
 
     label: str
     text: str
     group: str = ""
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ class Direction:
         Labels.
     retention : str or None
         Both at this retention only; None: at each retention that both have.
+    study : tuple of str or None
+        The two labels of the reference, better and worse, that they stand for at this scale; None: their own.
     """
 
     say: str
@@ -96,6 +101,7 @@ class Direction:
     better: str
     worse: str
     retention: str | None = None
+    study: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,3 +148,8 @@ class Study:
     def stage(self, kind: str) -> Stage | None:
         """Return the first stage of a kind."""
         return next((stage for stage in self.stages if stage.kind == kind), None)
+
+
+def all_lengths(study: Study) -> tuple[int, ...]:
+    """Return the study's lengths, and those that its models bring along."""
+    return tuple(dict.fromkeys([*study.lengths, *(length for model in study.models for length in model.lengths or ())]))

@@ -18,7 +18,7 @@ from kvtool.studies.graph import Node
 SCHEMA = "kvtool.node/1"
 #: Results of the stages in a node's folder; simulate, refine and infer fill the folder itself.
 CAPTURE, HEADS, REPORT, STRESS = "capture.h5", "heads.json", "report", "stress"
-NODE, DONE, FAILED = "node.json", "done.json", "failed.json"
+NODE, DONE, FAILED, SAME = "node.json", "done.json", "failed.json", "same.json"
 
 #: State -> what it means; those of `BAD` make the run's exit code 1.
 STATES = {
@@ -29,6 +29,7 @@ STATES = {
     "waiting": "works on a node that is not complete yet, or another process is at it",
     "impossible": "cannot be measured, whatever one does",
     "skipped": "works on a node that is impossible",
+    "same": "its prompts are those of another node, whose result is its own",
     "failed": "see its note; tried again by the next run",
     "oom": "out of memory; tried again by the next run",
     "crashed": "a fault of kvtool: see failed.json; tried again by the next run",
@@ -58,16 +59,32 @@ class Mark:
     whole: bool = False
 
 
-def folder_of(out: Path, node: Node) -> Path:
-    """Return where a node's result lies."""
+def own_folder(out: Path, node: Node) -> Path:
+    """Return a node's folder."""
     return out / "nodes" / node.name
+
+
+def folder_of(out: Path, node: Node) -> Path:
+    """Return where a node's result lies: in its own folder, or in that of the node that it is the same as."""
+    own = own_folder(out, node)
+    same = _read(own / SAME)
+    return own if same is None else out / "nodes" / str(same["of"])
+
+
+def same_as(out: Path, node: Node, twin: Node | None) -> None:
+    """Say that a node's result is another one's; None: that it is its own."""
+    place = own_folder(out, node) / SAME
+    if twin is None:
+        place.unlink(missing_ok=True)
+    elif (_read(place) or {}).get("of") != twin.name:
+        write_json(place, {"schema": SCHEMA, "of": twin.name})
 
 
 def begin(out: Path, node: Node) -> bool:
     """Mark a node as begun; True if an earlier run had begun it."""
     from kvtool import __version__
 
-    folder = folder_of(out, node)
+    folder = own_folder(out, node)
     if (folder / NODE).exists():
         return True
     record = {
@@ -87,7 +104,7 @@ def begin(out: Path, node: Node) -> bool:
 def finish(out: Path, node: Node, notes: list[str], seconds: float, whole: bool) -> Mark:
     """Mark a node as done."""
     mark = Mark("done", "; ".join(notes), seconds, whole)
-    folder = folder_of(out, node)
+    folder = own_folder(out, node)
     write_json(folder / DONE, {"schema": SCHEMA, "notes": notes, "seconds": seconds, "whole": whole})
     (folder / FAILED).unlink(missing_ok=True)
     return mark
@@ -96,7 +113,7 @@ def finish(out: Path, node: Node, notes: list[str], seconds: float, whole: bool)
 def fail(out: Path, node: Node, state: str, message: str, trace: str | None = None) -> Mark:
     """Mark a node as failed."""
     write_json(
-        folder_of(out, node) / FAILED,
+        own_folder(out, node) / FAILED,
         {"schema": SCHEMA, "state": state, "message": message, **({"trace": trace} if trace else {})},
     )
     return Mark(state, message)
@@ -110,7 +127,7 @@ def mark_of(out: Path, node: Node, below: dict[str, Mark]) -> Mark:
     below : dict of str to Mark
         Marks of other nodes by key, those that this one works on among them.
     """
-    folder = folder_of(out, node)
+    folder = own_folder(out, node)
     if (done := _read(folder / DONE)) is not None:
         return Mark("done", "; ".join(done["notes"]), done["seconds"], done["whole"])
     if (above := unable(node, below)) is not None:

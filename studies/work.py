@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.errors import CapacityError, DataError, KvtoolError, NothingFitsError
-from kvtool.executors.execution import LOCAL, Execution
-from kvtool.studies.content import is_fixed
+from kvtool.executors.execution import Execution
+from kvtool.studies.content import is_fixed, longest_allowed
 from kvtool.studies.graph import ImpossibleCell, Node
 from kvtool.studies.stages import PerplexityStage
 from kvtool.studies.state import CAPTURE, HEADS, REPORT, STRESS, folder_of
+from kvtool.studies.twins import Twins
 
 if TYPE_CHECKING:
     from kvtool.data.tasks import Encoded
@@ -121,12 +122,14 @@ class Bench:
     execution : Execution
     named : dict of str to list of Choice
         See `kvtool.studies.graph.labels`.
+    twins : Twins
     """
 
     out: Path
     models: Models
-    execution: Execution = LOCAL
-    named: Mapping[str, list[Choice]] = field(default_factory=dict)
+    execution: Execution
+    named: Mapping[str, list[Choice]]
+    twins: Twins
 
     def loaded(self, node: Node) -> LoadedModel:
         """Return the node's model."""
@@ -152,37 +155,45 @@ def run_node(node: Node, bench: Bench) -> Outcome:
     return _RUN[node.stage.kind](node, bench)
 
 
-def samples_of(node: Node, loaded: LoadedModel, notes: list[str]) -> list[Encoded]:
+def samples_of(node: Node, loaded: LoadedModel, notes: list[str], twins: Twins | None = None) -> list[Encoded]:
     """Build the prompts of a node.
 
     Raises
     ------
     ImpossibleCell
         They are longer than the model's context.
+    TwinCell
+        They are those of another node, whose result stands for both; with `twins` only.
     """
     from kvtool.data.tasks import load_task
 
     work, most = node.work, loaded.info.max_positions
-    if work["length"] is not None and work["length"] >= most and not is_fixed(work["task"]):
-        raise _too_long(work["length"], loaded)
+    if (allowed := longest_allowed(work)) is not None and allowed >= most:
+        raise _too_long(allowed, loaded)
+
+    def load(n: int) -> list[Encoded]:
+        return load_task(work["task"], loaded.tokenizer, n, work["length"] or 1024, work["seed"], fits=_fits(work, loaded))
+
     try:
-        if is_fixed(work["task"]):
-            samples = _of_fixed_set(work, loaded, notes)
-        else:
-            samples = load_task(
-                work["task"], loaded.tokenizer, work["n"], work["length"] or 1024, work["seed"], fits=_fits(work, loaded)
-            )
+        samples = of_fixed_set(work, load, notes) if is_fixed(work["task"]) else load(work["n"])
     except NothingFitsError as error:
         raise ImpossibleCell(str(error)) from error
     if (longest := max(sample.n_tokens for sample in samples)) > most:
         raise _too_long(longest, loaded)
     if len(samples) < work["n"]:
         notes.append(f"{len(samples)} samples, {work['n']} were asked for")
+    if twins is not None:
+        twins.note(node, samples, notes)
     return samples
 
 
-def _of_fixed_set(work: Mapping[str, Any], loaded: LoadedModel, notes: list[str]) -> list[Encoded]:
+def of_fixed_set(work: Mapping[str, Any], load: Callable[[int], list[Encoded]], notes: list[str]) -> list[Encoded]:
     """Draw from a task with a fixed set, for the real run the first of the draw, for captures the ones after them.
+
+    Parameters
+    ----------
+    load : callable
+        Returns the first n samples.
 
     Raises
     ------
@@ -190,10 +201,6 @@ def _of_fixed_set(work: Mapping[str, Any], loaded: LoadedModel, notes: list[str]
         The real run takes all there are.
     """
     from kvtool.data.subsets import drawn
-    from kvtool.data.tasks import load_task
-
-    def load(n: int) -> list[Encoded]:
-        return load_task(work["task"], loaded.tokenizer, n, work["length"] or 1024, work["seed"], fits=_fits(work, loaded))
 
     others, n = work.get("beside", 0), work["n"]
     found = drawn(load, work["task"], others + n, work["seed"])
@@ -233,7 +240,7 @@ def _capture(node: Node, bench: Bench) -> Outcome:
     from kvtool.capture.runner import CaptureConfig, run_capture
 
     work, notes, loaded = node.work, list[str](), bench.loaded(node)
-    samples = samples_of(node, loaded, notes)
+    samples = samples_of(node, loaded, notes, bench.twins)
     config = CaptureConfig(
         **{key: work[key] for key in ("task", "model", "n", "length", "seed", "compress_at", "answer_tokens", "permute")},
         windows=tuple(work["windows"]),
@@ -299,7 +306,7 @@ def _infer(node: Node, bench: Bench) -> Outcome:
     from kvtool.studies.reuse import take_over_units
 
     work, notes, loaded = node.work, list[str](), bench.loaded(node)
-    samples = samples_of(node, loaded, notes)
+    samples = samples_of(node, loaded, notes, bench.twins)
     if "shortlist" in node.inputs:
         policies = [
             p for p in read_shortlist(bench.file(node.inputs["shortlist"], "shortlist.yaml")) if not p.method.simulate_only

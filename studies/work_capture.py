@@ -22,6 +22,8 @@ def search(node: Node, bench: Bench) -> list[str]:
         budgets=tuple(work["budgets"]),
         trials=work["trials"],
         auto=not work["space"],
+        sampler=work.get("sampler", "auto"),
+        by=work.get("by", "risk"),
         heads=bench.heads(node),
         draws=work["draws"],
         seed=work["seed"],

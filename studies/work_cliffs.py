@@ -58,7 +58,8 @@ def _place(node: Node, records: Sequence[Mapping[str, Any]], named: Mapping[str,
     real, cell = node.inputs["infer"], node.cell
     shown = {}
     for text in dict.fromkeys(record["policy"] for record in records):
-        found = named_as(without_heads(text, real), named)
+        own = without_heads(text, real)
+        found = named.get(own) or named_as(own, named)
         if found:
             shown[text] = (found[0].label, found[0].group)
     return make_place(records, cell.model.label, shown, task=cell.task, length=cell.length, stage=real.stage.name)
@@ -148,21 +149,27 @@ def _write(node: Node, folder: Path, before: Sequence[Cliff], after: Sequence[Cl
 
 
 #: Columns of the table of refined cliffs.
-REFINED = ("method", "critical on the grid", "critical, refined", "holds at", "largest drop", "loss there", "reason")
+REFINED = (
+    *("method", "critical on the grid", "critical, refined", "no clear loss at", "loss there (95 %)"),
+    *("smallest loss that shows", "bracket of 3 %", "largest drop", "loss in it", "reason"),
+)
 
 
 def refined_cells(fact: Mapping[str, Any]) -> list[str]:
     """Return the cells of one refined cliff, of its facts."""
     from kvtool.analysis.cliffs import percent
 
-    drop, critical = fact["drop"], fact["critical"]
+    drop, critical, held, shows = fact["drop"], fact["critical"], fact.get("held"), fact.get("shows")
     return [
         str(fact["label"]),
         percent(fact["before"]),
         ("at or above " if critical is not None and fact["safe"] is None else "")
         + percent(critical)
-        + (" (holds again below)" if fact["back"] else ""),
+        + (" (no clear loss again below)" if fact["back"] else ""),
         percent(fact["safe"]),
+        "-" if held is None else f"{100 * held['mean']:.0f} ({100 * held['low']:.0f} to {100 * held['high']:.0f}) %",
+        "-" if shows is None else f"{100 * shows:.2g} % ({fact['n']} prompts)",
+        str((fact.get("surely") or {}).get("words", "-")),
         "-" if drop is None else f"{percent(drop['above'])} to {percent(drop['below'])}",
         "-" if drop is None else f"{100 * drop['loss']:.0f} %",
         str(fact["reason"] or "-"),

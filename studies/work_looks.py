@@ -54,7 +54,8 @@ def compare(node: Node, bench: Bench) -> list[str]:
     from kvtool.analysis.compare_report import run_compare
 
     work, source = node.work, folder_of(bench.out, node.inputs["infer"])
-    summary = run_compare([source], folder_of(bench.out, node), work["baseline"], how=Draws(work["draws"], work["seed"]))
+    how = Draws(work["draws"], work["seed"], work.get("interval", "expanded"))
+    summary = run_compare([source], folder_of(bench.out, node), work["baseline"], work.get("figures", ()), how)
     clear = sum(row.p_holm < LEVEL for row in summary.pairs)
     return [f"{len(summary.rows)} policies; {clear} of {len(summary.pairs)} pairs within a budget differ"]
 
@@ -67,6 +68,7 @@ def consistency(node: Node, bench: Bench) -> list[str]:
     summary = run_consistency(
         source,
         folder_of(bench.out, node),
+        work.get("baseline", "full"),
         right_from=work["right_from"],
         shown=work["review"],
         draws=work["draws"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from kvtool.infer.bandwidth import probe_bytes
 from kvtool.studies.estimate import FACTORS, PROCESS_BYTES, Rates, estimate, n_units
 from kvtool.studies.graph import Node, build_graph
 from kvtool.studies.parse import parse_study
@@ -29,6 +31,8 @@ stages:
   - no_cache: {length: 64, max_length: 256, repeats: 2}
 """
 CPU = Rates("cpu", 20e9, 10e9)
+#: Bytes of the tensor that the bandwidth of this machine is measured with; those below were taken with 256 MB.
+PROBE = probe_bytes(torch.device("cpu"))
 
 
 def graph(text: str = STUDY) -> dict[str, Node]:
@@ -68,6 +72,27 @@ def test_more_work_takes_longer(kind: str, old: str, new: str) -> None:
     assert less is not None
     assert more is not None
     assert more > less > 0
+
+
+def test_memory_is_at_least_what_was_measured() -> None:
+    # Peaks of the resident set on the embedded model, kvtool run of this repository, prompts of 1024 tokens (docs/studies.md).
+    text = STUDY.replace("lengths: [512]", "lengths: [1024]").replace(
+        "length: 64, max_length: 256", "length: 1024, max_length: 2048"
+    )
+    nodes = graph(text.replace("- no_cache", "- stress: {length: 1024, max_length: 2048}\n  - no_cache"))
+    measured = {
+        "infer": 0.68e9,
+        "cliffs": 0.66e9,
+        "search": 0.60e9,
+        "compensation": 0.61e9,
+        "no_cache": 0.70e9,
+        "stress": 1.13e9,
+    }
+    for kind, peak in measured.items():
+        found = estimate(nodes[kind], CPU, FACTORS).bytes_
+        assert found is not None
+        assert peak <= found + (0 if kind != "stress" else max(0, 2 * ((256 << 20) - PROBE)))
+        assert found <= 2 * peak + 2 * max(0, PROBE - (256 << 20))
 
 
 def test_a_process_on_a_cpu_takes_memory_of_its_own() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtool.studies.content import is_fixed, model_content, task_files
+from kvtool.studies.content import is_fixed, model_content, n_prompts, task_files
 from kvtool.studies.graph import Node, build_graph
 from kvtool.studies.parse import parse_study
 
@@ -111,6 +111,29 @@ def test_local_models_count_by_their_content(tmp_path: Path) -> None:
     assert model_content(str(tmp_path / "a")) != model_content(str(tmp_path / "b"))
     assert model_content("owner/name") is None
     assert model_content("tiny") is not None
+
+
+def test_prompts_are_counted_over_the_points_of_a_grid() -> None:
+    nodes = graph(STUDY.replace("[niah, ", '["niah:depths=3", ').replace("task: niah, ", "").replace("n: 4", "n: 7"))
+    infer = nodes["infer tiny niah:depths=3 128 prompt"]
+    assert infer.work["n"] == 3
+    assert n_prompts(infer.work) == 9
+    assert nodes["infer tiny niah:kind=multikey,keys=2 128 prompt"].work["n"] == 7
+
+
+def test_keys_that_came_later_do_not_change_older_results() -> None:
+    more = "  - search: {MORE}\n  - compare: {MORE}\n  - consistency: {MORE}\n  - stress: {max_length: 64MORE}\n"
+    now = {node.stage.kind: node.work for node in graph(STUDY + more.replace("{MORE}", "{}").replace("MORE", "")).values()}
+    for kind, later in (
+        ("search", {"sampler", "by"}),
+        ("compare", {"figures", "interval"}),
+        ("consistency", {"baseline"}),
+        ("stress", {"graphs"}),
+    ):
+        assert now[kind].keys().isdisjoint(later)
+    text = STUDY + "  - search: {by: harm}\n  - consistency: {baseline: Mine}\n  - stress: {max_length: 64, graphs: true}\n"
+    then = {n.stage.kind: n.work for n in graph(text.replace("[hace, snapkv]", "{HACE: hace, Mine: snapkv}")).values()}
+    assert (then["search"]["by"], then["consistency"]["baseline"], then["stress"]["graphs"]) == ("harm", "snapkv", True)
 
 
 def test_long_benchmark_prompts_are_cut_to_the_length() -> None:

@@ -67,6 +67,11 @@ def test_small_replaces_values_and_merges_stages() -> None:
         ("[256]", "[true]", 4, "whole number, found True"),
         ("0.25]", "250%]", 5, "outside (0, 1]"),
         ("tasks: [niah]", "tasks: [niahh]", 3, "Did you mean 'niah'"),
+        ("tasks: [niah]", "tasks: ['niah:dephts=3']", 3, "Did you mean 'depths'"),
+        ("tasks: [niah]", "tasks: ['niah:depths=none']", 3, "depths"),
+        ("models: [tiny]", "models: {a: {id: tiny, lenghts: [9]}}", 2, "Did you mean 'lengths'"),
+        ("models: [tiny]", "models: {a: {id: tiny}}", 2, "needs 'lengths'"),
+        ("models: [tiny]", "models: {a: {id: 'shape:lama-3m', lengths: [9]}}", 2, "Did you mean 'llama-3m'"),
         ("snapkv:window=8", "snapvk:window=8", 7, "Did you mean 'snapkv'"),
         ("snapkv:window=8", "snapkv:windw=8", 7, "Did you mean 'window'"),
         ("h2o:window=8", "h2o:window=eight", 8, "not a whole number"),
@@ -90,6 +95,33 @@ def test_what_is_wrong_is_said_with_its_line(old: str, new: str, line: int, word
         parse_study(GOOD.replace(old, new, 1), "full", "my.yaml")
     assert f"my.yaml, line {line}: " in str(caught.value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("compare: {figures: [scroe]}", "Did you mean 'score'"),
+        ("compare: {interval: normal}", "Choose"),
+        ("search: {sampler: tpe}", "needs a space"),
+        ("search: {by: haarm}", "Did you mean 'harm'"),
+        ("stress: {max_length: 512, graphs: 1}", "true or false"),
+    ],
+)
+def test_values_of_stages_are_checked(stage: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_study(GOOD.replace("  - infer: {n: 4}", f"  - infer: {{n: 4}}\n  - {stage}"), "full")
+
+
+def test_models_are_lists_labels_groups_or_have_lengths_of_their_own() -> None:
+    text = "models: {Group: [tiny, 'shape:llama-3m'], Mine: tiny, Short: {id: tiny, lengths: [64, 32]}, More: {Last: tiny}}"
+    found = parse_study(GOOD.replace("models: [tiny]", text).replace("repeats: 2", "repeats: 2, models: [Mine]"), "full").models
+    assert [(c.label, c.group, c.lengths) for c in found] == [
+        ("tiny", "Group", None),
+        ("shape:llama-3m", "Group", None),
+        ("Mine", "", None),
+        ("Short", "", (64, 32)),
+        ("Last", "More", None),
+    ]
 
 
 def test_wrong_values_under_small_are_found_at_small_scale_only() -> None:
