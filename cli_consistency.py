@@ -42,7 +42,11 @@ def consistency(
     help="score, answer_accuracy, answer_exact, answer_nll or answer_margin; repeatable. Default: the first two.",
 )
 @click.option(
-    "--interval", type=click.Choice(["bca", "percentile"]), default="bca", show_default=True, help="Kind of bootstrap interval."
+    "--interval",
+    type=click.Choice(["expanded", "bca", "percentile"]),
+    default="expanded",
+    show_default=True,
+    help="Kind of bootstrap interval.",
 )
 @click.option("--draws", default=9999, show_default=True, help="Bootstrap draws, and sign patterns of the tests.")
 @click.option("--seed", default=0, show_default=True, help="Seed of both.")

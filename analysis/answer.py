@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtool.analysis.load import Reality
-from kvtool.analysis.statistics import paired_interval
+from kvtool.analysis.resampling import change_interval
+from kvtool.analysis.statistics import TIE, Interval
 from kvtool.analysis.tables import CONTROL, TableRow
 
 #: a configuration costs too much if its score may be this much below the full cache's (lower end of the interval)
 TOLERANCE = 0.05
 #: with fewer prompts no recommendation is called sure
 MIN_PROMPTS = 16
+
+
+def holding(changes: Sequence[Interval]) -> list[int]:
+    """Return which differences from the full cache are none that counts, by number.
+
+    Those whose interval ends above -`TOLERANCE`. Few prompts cannot show that of anything: where none does, those that lost nothing
+    on the prompts there are, which `cost` says.
+    """
+    sure = [i for i, change in enumerate(changes) if change.low >= -TOLERANCE]
+    return sure or [i for i, change in enumerate(changes) if change.mean >= -TIE]
+
+
+def cost(change: Interval, n: int, verbs: tuple[str, str] = ("costs", "gains")) -> str:
+    """Return what a choice costs on n prompts, in words."""
+    if abs(change.mean) <= TIE:
+        unseen = "they are too few to say what could go unseen"
+        if not math.isnan(change.low):
+            unseen = f"a true loss of up to {-change.low:.2f} could go unseen"
+        return f"{verbs[0]} nothing on {counted(n, 'prompt')} ({unseen})"
+    half = max(change.high - change.mean, change.mean - change.low)
+    return f"{verbs[0] if change.mean <= 0 else verbs[1]} {abs(change.mean):.2f} ± {half:.2f}"
+
+
+def counted(n: int, noun: str) -> str:
+    """Return e.g. ``1 workload`` or ``3 workloads``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +67,7 @@ class Answer:
 
 
 def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
-    """Choose the smallest cache whose score is not shown to be more than `TOLERANCE` below the full cache's.
+    """Choose the smallest cache that holds the score of the full cache, see `holding`.
 
     Parameters
     ----------
@@ -55,7 +83,7 @@ def make_answer(rows: Sequence[TableRow], reality: Reality) -> Answer:
         return Answer("Nothing was generated (--no-generate): there are no task scores to recommend by.", (), None)
     if not able:
         return Answer("No compressed configuration was run for real: there is nothing to recommend.", (), None)
-    good = [r for r in able if r.change and r.change.low >= -TOLERANCE]
+    good = [able[i] for i in holding([r.change for r in able if r.change])]
     if not good:
         best = max(able, key=lambda r: (r.score.mean if r.score else 0.0, -(r.kv_bytes or 0.0)))
         loss = best.change.text(sign=True) if best.change else "-"
@@ -77,28 +105,27 @@ def _headline(row: TableRow, n: int) -> str:
     assert row.change is not None
     assert row.saved is not None
     assert row.retention is not None
-    if row.change.low == row.change.high == 0:
-        # The interval of no change at all is empty; the rule of three says what so few prompts can miss.
-        cost = f"changes the score of none of {n} prompts (a true loss of up to {min(1.0, 3 / n):.2f} could go unseen)"
-    else:
-        half = max(row.change.high - row.change.mean, row.change.mean - row.change.low)
-        cost = f"changes the score by {row.change.mean:+.2f} ± {half:.2f}"
     return (
         f"For this model and workload run {row.name or row.method} at {100 * row.retention:.1f} % of the entries: it saves "
-        f"{100 * row.saved:.1f} % of the KV cache and {cost}."
+        f"{100 * row.saved:.1f} % of the KV cache and {cost(row.change, n)} (score)."
     )
 
 
 def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int) -> list[str]:
     lines = [
-        f"smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below the full cache ({n} prompts)"
+        f"smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below the full cache ({counted(n, 'prompt')})"
     ]
+    if best.change is not None and best.change.low < -TOLERANCE:
+        lines = [
+            f"smallest cache that lost nothing on these prompts: {counted(n, 'prompt')} cannot show that a score is not more than "
+            f"{TOLERANCE:g} below the full cache"
+        ]
     tied = []
     own = reality.values(best.policy, "answer_accuracy")
     for row in able:
         other = reality.values(row.policy, "answer_accuracy")
         if row is not best and row.budget == best.budget and own is not None and other is not None:
-            interval = paired_interval(own, other)
+            interval = change_interval(own, other, reality.documents("answer_accuracy"))
             if interval.low <= 0:
                 tied.append(row.name or row.method)
     if tied:
@@ -106,7 +133,7 @@ def _details(best: TableRow, able: Sequence[TableRow], reality: Reality, n: int)
     if best.label and best.label != best.policy:
         lines.append(f"in full: {best.policy}")
     if n < MIN_PROMPTS:
-        lines.append(f"only {n} prompts: take this as a first look; {MIN_PROMPTS} or more make it firmer")
+        lines.append(f"only {counted(n, 'prompt')}: take this as a first look; {MIN_PROMPTS} or more make it firmer")
     return lines
 
 

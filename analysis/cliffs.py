@@ -1,14 +1,20 @@
-"""Performance cliffs: at which retention a method begins to lose, where its curve falls most, where to look closer, and why it falls."""
+"""Performance cliffs: where a method begins to lose, what its prompts could have shown, where to look closer, and why it falls."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from kvtool.analysis.points import FIGURES, Place, Point, relative_loss
+import numpy as np
+
+from kvtool.analysis.families import family_name, family_of
+from kvtool.analysis.points import FIGURES, NLL, Place, Point
+from kvtool.analysis.resampling import change_interval
 from kvtool.analysis.statistics import Interval
 
 #: A loss against the full cache, relative to its score, that counts.
@@ -24,7 +30,7 @@ class Drop:
     above, below : float
         Retentions.
     loss : Interval
-        Relative loss at `below` minus that at `above`, on the same prompts.
+        Relative loss at `below` minus that at `above`, on the same prompts; of texts perplexity below / above - 1.
     """
 
     above: float
@@ -61,7 +67,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Cliff:
-    """What the retentions of one method in one cell say of its cliff.
+    """What the retentions of one method, or of a family with entries of its own, in one cell say of its cliff.
 
     Attributes
     ----------
@@ -74,7 +80,13 @@ class Cliff:
     critical : float or None
         The first retention, from high to low, whose loss exceeds `LOSS` with an interval above 0; None: none does.
     safe : float or None
-        The lowest retention tried above it, None if there is none; without a critical one, the lowest tried.
+        The lowest retention tried above it, None if there is none; without a critical one, the lowest tried. Its loss did not
+        show, which says no more than that it is below `shows`.
+    shows : float or None
+        The smallest loss that the prompts would have shown at `safe`, else at the highest retention; see `smallest_visible`.
+    surely : tuple of (float or None, float or None)
+        The bracket of `LOSS`: the highest retention whose whole interval is above it, and the lowest from which on all
+        intervals are below it. None: no retention shows that.
     back : bool
         Some retention below the critical one does not lose: the curve is no cliff, or the figures are noisy.
     drop : Drop or None
@@ -93,7 +105,21 @@ class Cliff:
     safe: float | None
     back: bool
     drop: Drop | None
+    shows: float | None = None
+    surely: tuple[float | None, float | None] = (None, None)
     reason: Reason | None = None
+
+    @property
+    def held(self) -> Interval | None:
+        """The loss at `safe`, with what it may be at the most."""
+        return next((loss for point, loss in self.curve if asked(point) == self.safe), None)
+
+    @property
+    def right(self) -> float | None:
+        """The share of prompts that the full cache answers, rounded, if scores are 0 or 1: losses are then counted in prompts."""
+        shown = [p.values[self.figure] for p in (self.place.full, *(p for p, _ in self.curve)) if p is not None]
+        known = [values[~np.isnan(values)] for values in shown]
+        return round(float(known[0].mean()), 2) if all(np.isin(values, (0.0, 1.0)).all() for values in known) else None
 
     @property
     def bracket(self) -> tuple[float, float] | None:
@@ -105,13 +131,24 @@ class Cliff:
     def where(self) -> str:
         """Return the critical retention in words."""
         if self.critical is None:
-            return "no loss seen" + ("" if self.safe is None else f" down to {percent(self.safe)}")
-        between = (
-            f"{percent(self.critical)} (holds at {percent(self.safe)})"
-            if self.safe
-            else f"at or above {percent(self.critical)}"
-        )
-        return between + (", holds again below" if self.back else "")
+            return "none seen" + ("" if self.safe is None else f" down to {self.at(self.safe)}")
+        found = self.at(self.critical) if self.safe else f"at or above {self.at(self.critical)}"
+        return found + (", no clear loss again below" if self.back else "")
+
+    def at(self, retention: float | None) -> str:
+        """Return a retention of the curve as it was asked for: a number of entries has its own number beside it."""
+        point = next((point for point, _ in self.curve if asked(point) == retention), None)
+        own = point is not None and point.entries and not (point.budget or "").endswith("%")
+        return percent(retention) + (f" ({point.entries:.0f})" if own and point is not None else "")
+
+    def between_words(self) -> str:
+        """Return the bracket of `LOSS` in words."""
+        lost, held = self.surely
+        if lost is None and held is None:
+            return "not shown"
+        if held is None:
+            return f"above {self.at(lost)}"
+        return f"at or below {self.at(held)}" if lost is None else f"{self.at(lost)} to {self.at(held)}"
 
 
 def percent(value: float | None) -> str:
@@ -120,7 +157,7 @@ def percent(value: float | None) -> str:
 
 
 def find_cliffs(place: Place, predicted: Mapping[str, Mapping[str, Any]] | None = None, least: float = LOSS) -> list[Cliff]:
-    """Return one cliff per method that was run at a share of the prompt.
+    """Return one cliff per method that was run at several shares of the prompt, or with several numbers of entries of its own.
 
     Parameters
     ----------
@@ -133,11 +170,11 @@ def find_cliffs(place: Place, predicted: Mapping[str, Mapping[str, Any]] | None 
     figure = place.figure()
     if figure is None:
         return []
-    methods: dict[str, list[Point]] = {}
-    for point in place.points:
-        if point.budget is not None and point.retention is not None and not point.degenerate and point.status == "ok":
-            methods.setdefault(f"{point.label}\0{point.method}", []).append(point)
-    found = [_cliff(place, figure, points, predicted or {}, least) for points in methods.values() if len(points) > 1]
+    families: dict[str, list[Point]] = {}
+    for point in (*place.points, *place.finer):
+        if point.policy != "full" and point.retention is not None and not point.degenerate and point.status == "ok":
+            families.setdefault(family_of(point), []).append(point)
+    found = [_cliff(place, figure, points, predicted or {}, least) for points in families.values() if len(points) > 1]
     return [cliff for cliff in found if cliff is not None]
 
 
@@ -146,24 +183,72 @@ def _cliff(
 ) -> Cliff | None:
     losses = [(point, place.loss(point, figure)) for point in sorted(points, key=asked, reverse=True)]
     curve = tuple((point, loss) for point, loss in losses if loss is not None)
-    if not curve:
+    if len({asked(point) for point, _ in curve}) < 2:
         return None
     hit = next((i for i, (_, loss) in enumerate(curve) if counts(loss, least)), None)
     drop = _largest_drop(place, figure, [point for point, _ in curve])
-    first = curve[0][0]
+    first, last = curve[0][0], curve[-1 if hit is None else max(0, hit - 1)][0]
     cliff = Cliff(
         place=place,
-        label=first.label,
+        label=family_name([point for point, _ in curve]),
         group=first.group,
         method=first.method,
         figure=figure,
         curve=curve,
         critical=None if hit is None else asked(curve[hit][0]),
-        safe=asked(curve[-1][0]) if hit is None else asked(curve[hit - 1][0]) if hit else None,
+        safe=None if hit == 0 else asked(last),
         back=hit is not None and any(not counts(loss, least) for _, loss in curve[hit + 1 :]),
         drop=drop,
+        shows=smallest_visible(place, figure, last),
+        surely=_surely(curve, least),
     )
     return _with_reason(cliff, predicted)
+
+
+def _surely(curve: Sequence[tuple[Point, Interval]], least: float) -> tuple[float | None, float | None]:
+    """Return the highest retention that surely loses more than `least`, and the lowest from which on all surely lose no more."""
+    lost = next((asked(point) for point, loss in curve if loss.low > least), None)
+    held = [asked(point) for point, _ in itertools.takewhile(lambda pair: pair[1].high <= least, curve)]
+    return lost, held[-1] if held else None
+
+
+def smallest_visible(place: Place, figure: str, point: Point) -> float | None:
+    """Return the smallest loss that a place's prompts would have shown at a point: one whose interval lies above 0.
+
+    Of scores that are 0 or 1: the fewest prompts that the full cache answers and the point does not, if it answers all others, over
+    those that the full cache answers. Else what the interval of the paired difference reaches below the loss itself: with the
+    same spread a larger one would have shown.
+
+    Returns
+    -------
+    float or None
+        A relative loss; None where there is no interval, or where losing everything would not have shown.
+    """
+    change, pair, full = place.versus(place.full, point, figure), place.pair(place.full, point, figure), place.full
+    whole = None if full is None else place.mean(full, figure)
+    if change is None or pair is None or whole is None or math.isnan(change.low):
+        return None
+    reach = change.mean - change.low
+    if figure == NLL:
+        return math.expm1(reach)
+    if not whole.mean > 0:
+        return None
+    if all(np.isin(values, (0.0, 1.0)).all() for values in pair):
+        return fewest_lost(len(pair[0]), int(pair[0].sum()))
+    return reach / whole.mean
+
+
+@lru_cache(maxsize=4096)
+def fewest_lost(n: int, right: int) -> float | None:
+    """Return the smallest share of the `right` of n prompts whose loss, with nothing else changed, has an interval above 0."""
+    full = np.zeros(n)
+    full[:right] = 1.0
+    for lost in range(1, right + 1):
+        values = full.copy()
+        values[:lost] = 0.0
+        if change_interval(full, values).low > 0:
+            return lost / right
+    return None
 
 
 def counts(loss: Interval, least: float = LOSS) -> bool:
@@ -179,23 +264,16 @@ def asked(point: Point) -> float:
 
 
 def _largest_drop(place: Place, figure: str, points: Sequence[Point]) -> Drop | None:
-    full, found = place.full, []
+    found = []
     for above, below in itertools.pairwise(points):
-        values = [p.values[figure] for p in (above, below, full) if p is not None]
-        known = ~sum((v != v for v in values), start=values[0] != values[0])
-        high, low, whole = (v[known] for v in values)
-        if known.any() and whole.mean() > 0:
-            # 1 - (full - (above - below)) / full: the difference of two losses, with prompts drawn together.
-            loss = relative_loss(whole - (high - low), whole)
-            if loss is not None:
-                found.append(Drop(asked(above), asked(below), loss))
+        loss = place.fall(above, below, figure)
+        if loss is not None and asked(above) > asked(below):
+            found.append(Drop(asked(above), asked(below), loss))
     largest = max(found, key=lambda drop: drop.loss.mean, default=None)
     return largest if largest is not None and largest.loss.mean > 0 else None
 
 
 def _with_reason(cliff: Cliff, predicted: Mapping[str, Mapping[str, Any]]) -> Cliff:
-    import dataclasses
-
     if cliff.critical is not None and cliff.safe is not None:
         bracket = (cliff.critical, cliff.safe)
     elif cliff.drop is not None:
@@ -216,10 +294,10 @@ def _with_reason(cliff: Cliff, predicted: Mapping[str, Mapping[str, Any]]) -> Cl
 def between(cliff: Cliff, n: int = 3) -> list[float]:
     """Return up to `n` retentions between the two where the curve falls, evenly on a logarithmic scale.
 
-    Two that differ by less than one entry per head are one; none where the grid cannot be made finer.
+    Two that differ by less than one entry per head are one; none where the grid cannot be made finer, or where the policies take no share.
     """
     bracket = cliff.bracket
-    if bracket is None or n < 1:
+    if bracket is None or n < 1 or any(point.budget is None for point, _ in cliff.curve):
         return []
     low, high = bracket
     found: list[float] = []

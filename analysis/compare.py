@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from kvtool.analysis.consistency import document
 from kvtool.analysis.load import Reality
-from kvtool.analysis.resampling import DRAWS, Documents, change_interval, holm, mean_interval, median_ratio, paired_p
+from kvtool.analysis.resampling import DRAWS, METHODS, Documents, change_interval, holm, mean_interval, median_ratio, paired_p
 from kvtool.analysis.specialization import UNKNOWN, Specialization, mean_specialization
 from kvtool.analysis.statistics import Interval
 from kvtool.errors import ConfigError, DataError, near_matches
 
 Float = NDArray[np.float64]
 
-#: figure -> whether it can only be 0 or 1 (None: judged by the values); metrics that are named in full are figures, too
-FIGURES: dict[str, bool | None] = {
-    "score": None,
-    "answer_accuracy": False,
+#: figure -> whether it lies between 0 and 1; metrics that are named in full are figures, too, and do
+FIGURES: dict[str, bool] = {
+    "score": True,
+    "answer_accuracy": True,
     "answer_exact": True,
     "answer_nll": False,
     "answer_margin": False,
@@ -42,12 +42,12 @@ class Draws:
     ----------
     n, seed : int
     method : str
-        Of the bootstrap intervals: ``"bca"`` or ``"percentile"``.
+        Of the bootstrap intervals: of `kvtool.analysis.resampling.METHODS`.
     """
 
     n: int = DRAWS
     seed: int = 0
-    method: str = "bca"
+    method: str = METHODS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Joined:
                 else:
                     records[policy] = mine
         names = [document(record) for record in next(iter(records.values()))]
-        return cls(records, repeats, samples, Documents.named(names))
+        return cls(records, repeats, samples, Documents.grouped(names))
 
     def measured(self, figure: str) -> NDArray[np.int64]:
         """Return the samples that have a figure under every policy that ran: every mean is over the same ones."""
@@ -242,17 +242,18 @@ def _against(joined: Joined, baseline: str, figure: str, how: Draws) -> dict[str
     at = joined.measured(figure)
     start = joined.values(baseline, figure, at)
     documents = Documents(_renumbered(joined.documents.of[at]))
-    binary = FIGURES.get(figure)
+    share = FIGURES.get(figure, True)
     found: dict[str, Versus] = {}
     for policy in joined.records:
         values = joined.values(policy, figure, at)
         if values is None:
             continue
+        binary = None if share else False
         mean = mean_interval(values, documents, binary=binary, method=how.method, draws=how.n, seed=how.seed)
         if start is None or policy == baseline:
             found[policy] = Versus(mean)
             continue
-        change = change_interval(values, start, documents, method=how.method, draws=how.n, seed=how.seed)
+        change = change_interval(values, start, documents, share=share, method=how.method, draws=how.n, seed=how.seed)
         found[policy] = Versus(mean, change, paired_p(values - start, documents, how.n, how.seed))
     tested = [policy for policy, versus in found.items() if versus.p is not None]
     adjusted = holm([p for policy in tested if (p := found[policy].p) is not None])
@@ -325,7 +326,15 @@ def pair_rows(joined: Joined, baseline: str, figures: Sequence[str], how: Draws)
         for budget, members in _by_budget(joined, baseline).items():
             known = {policy: v for policy in members if (v := joined.values(policy, figure, at)) is not None}
             for a, b in combinations(known, 2):
-                change = change_interval(known[a], known[b], documents, method=how.method, draws=how.n, seed=how.seed)
+                change = change_interval(
+                    known[a],
+                    known[b],
+                    documents,
+                    share=FIGURES.get(figure, True),
+                    method=how.method,
+                    draws=how.n,
+                    seed=how.seed,
+                )
                 tested.append((budget, a, b, change, paired_p(known[a] - known[b], documents, how.n, how.seed)))
         adjusted = holm([p for *_, p in tested])
         rows += [PairRow(figure, *facts, p_holm) for facts, p_holm in zip(tested, adjusted, strict=True)]

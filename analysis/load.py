@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.analysis.resampling import Documents
 from kvtool.calibration import risk
 from kvtool.errors import ConfigError, DataError
 from kvtool.executors.records import read_units
@@ -85,6 +86,16 @@ class Reality:
             without = {r["sample"] for r in self.records if r["status"] == "ok" and r.get(key) is None}
             self._measured[key] = tuple(sample for sample in self.samples if sample not in without)
         return self._measured[key]
+
+    def documents(self, key: str) -> Documents:
+        """Return which document each of the samples `measured` is of: those of one err together."""
+        first: dict[str, dict[str, Any]] = {}
+        for record in self.records:
+            first.setdefault(record["sample"], record)
+        found = [first[sample] for sample in self.measured(key)]
+        return Documents.grouped(
+            [str(r.get("document") or (r.get("meta") or {}).get("document") or r["sample"]) for r in found]
+        )
 
     def values(self, policy: str, key: str) -> Float | None:
         """Return one figure of a policy for the samples `measured`, shape (S,).

@@ -23,7 +23,7 @@ from kvtool.executors.records import read_units
 from kvtool.files import read_run, write_json, write_text
 from kvtool.policies.base import Policy
 from kvtool.policies.names import study_names
-from kvtool.textgrid import figure, grid, markdown_grid
+from kvtool.textgrid import figure, grid, save_tables
 
 Float = NDArray[np.float64]
 
@@ -272,7 +272,7 @@ class _Resampling:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             drawn = (self.weights @ top) / (self.weights @ bottom)
             drawn = np.exp(drawn) if exp else drawn
-        return percentile_interval(_exp(point) if exp else point, drawn)
+        return percentile_interval(_exp(point) if exp else point, drawn, self.n)
 
 
 def _exp(value: float) -> float:
@@ -357,8 +357,11 @@ def write_perplexity(result: Perplexity) -> list[Path]:
     from kvtool.analysis.perplexity_plots import draw_perplexity
 
     folder = result.folder
-    lines = [markdown_grid(HEADER, [_cells(row) for row in result.rows]), "", *(f"- {note}" for note in result.notes())]
-    write_text(folder / "perplexity.md", "\n".join(lines) + "\n")
+    data = _csv([_flat(asdict(row)) for row in result.rows])
+    table = (HEADER, [_cells(row) for row in result.rows])
+    files = save_tables(
+        folder, "perplexity", f"Perplexity: {', '.join(result.config['text'])}", [("", table)], data, result.notes()
+    )
     write_json(
         folder / "perplexity.json",
         {
@@ -369,10 +372,8 @@ def write_perplexity(result: Perplexity) -> list[Path]:
             "rows": [_plain(asdict(row)) for row in result.rows],
         },
     )
-    write_text(folder / "perplexity.csv", _csv([_flat(asdict(row)) for row in result.rows]))
     write_text(folder / "perplexity_by_position.csv", _csv([_flat(asdict(row)) for row in result.bins]))
-    files = [folder / f"perplexity{ending}" for ending in (".md", ".json", ".csv")] + [folder / "perplexity_by_position.csv"]
-    return files + draw_perplexity(result)
+    return [*files, folder / "perplexity.json", folder / "perplexity_by_position.csv", *draw_perplexity(result)]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What a run measured at each point: a method at a retention, in one cell (model, task, length, mode), prompt by prompt.
 
-Shapes: S prompts, L layers, H KV heads.
+Shapes: S prompts (of texts: segments), L layers, H KV heads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.analysis.consistency import document
 from kvtool.analysis.plain import short_names
-from kvtool.analysis.statistics import Interval, mean_interval, paired_interval, percentile_interval, shared_weights
+from kvtool.analysis.resampling import Documents, change_interval, mean_interval
+from kvtool.analysis.statistics import Interval
 
 Float = NDArray[np.float64]
 FULL, CONTROL = "full", "random"
 #: What losses are counted in: the record's key, its name in words.
-FIGURES = {"score": ("score", "task score"), "accuracy": ("answer_accuracy", "answer accuracy")}
-DRAWS = 2000
+FIGURES = {
+    "score": ("score", "task score"),
+    "accuracy": ("answer_accuracy", "answer accuracy"),
+    "nll": ("text_nll", "perplexity"),
+}
+#: The figure of texts: nats per token of each segment. Losses are rises of the perplexity.
+NLL = "nll"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,11 @@ class Point:
     heads: Float | None = None
 
     @property
+    def share(self) -> bool:
+        """Whether the budget is a share of the prompt, so that the method has a curve."""
+        return self.budget is not None and self.budget.endswith("%")
+
+    @property
     def control(self) -> bool:
         """Whether this is the random control."""
         return self.method.split(":")[0] == CONTROL
@@ -86,6 +99,10 @@ class Place:
         In the order of the run; the full cache is one of them.
     facts : dict of str to int
         What a reader must know: prompts whose answers were cut, of one token, and so on.
+    documents : Documents or None
+        Of the samples; None: each is of its own.
+    finer : tuple of Point
+        Budgets that were added to families (policies that differ in their own number of entries only); cliffs look at them, nothing else.
     """
 
     model: str
@@ -97,6 +114,8 @@ class Place:
     samples: tuple[str, ...]
     points: tuple[Point, ...]
     facts: dict[str, int] = field(default_factory=dict)
+    documents: Documents | None = None
+    finer: tuple[Point, ...] = ()
 
     @property
     def title(self) -> str:
@@ -116,41 +135,61 @@ class Place:
     def mean(self, point: Point, key: str) -> Interval | None:
         """Return the mean of a figure, over the prompts that have it."""
         values = point.values.get(key)
-        return None if values is None else mean_interval(values[~np.isnan(values)])
+        if values is None:
+            return None
+        known = ~np.isnan(values)
+        return mean_interval(values[known], self._documents(known))
 
     def change(self, point: Point, key: str) -> Interval | None:
         """Return a figure minus the full cache's on the same prompts."""
-        pair = self.pair(point, self.full, key)
-        return None if pair is None else paired_interval(*pair)
+        return self.versus(point, self.full, key)
+
+    def versus(self, first: Point | None, second: Point | None, key: str) -> Interval | None:
+        """Return the difference of two points in a figure, on the prompts that both have; of a point from itself 0, for sure."""
+        if first is not None and first is second and key in first.values:
+            return Interval(0.0, 0.0, 0.0)
+        pair, known = self.pair(first, second, key), self._known(first, second, key)
+        return None if pair is None or known is None else change_interval(*pair, self._documents(known), share=key != NLL)
 
     def loss(self, point: Point, key: str) -> Interval | None:
-        """Return the relative loss against the full cache, (full - point) / full; None where the full cache has 0."""
-        pair = self.pair(point, self.full, key)
-        return None if pair is None else relative_loss(*pair)
+        """Return the relative loss against the full cache; None where that has nothing to lose.
+
+        Of scores (full - point) / full, of texts perplexity / full cache's - 1.
+        """
+        return self.fall(self.full, point, key)
+
+    def fall(self, above: Point | None, below: Point | None, key: str) -> Interval | None:
+        """Return what is lost from one point to another, in units of the full cache's mean; of texts the rise of perplexity.
+
+        The interval is that of the paired difference: whether something is lost is one question, whatever the unit.
+        """
+        change = self.versus(below, above, key)
+        if change is None:
+            return None
+        if key == NLL:
+            return Interval(*(math.expm1(v) for v in (change.mean, change.low, change.high)))
+        whole = self.mean(self.full, key) if self.full is not None else None
+        if whole is None or not whole.mean > 0:
+            return None
+        mean, low, high = (-v / whole.mean + 0.0 for v in (change.mean, change.high, change.low))
+        return Interval(mean, low, high if math.isnan(high) else min(high, max(1.0, mean)))
 
     def pair(self, first: Point | None, second: Point | None, key: str) -> tuple[Float, Float] | None:
         """Return a figure of two points on the prompts that both have."""
-        if first is None or second is None:
+        known = self._known(first, second, key)
+        if first is None or second is None or known is None:
             return None
-        a, b = first.values.get(key), second.values.get(key)
+        return first.values[key][known], second.values[key][known]
+
+    def _known(self, first: Point | None, second: Point | None, key: str) -> NDArray[np.bool_] | None:
+        a, b = (None if point is None else point.values.get(key) for point in (first, second))
         if a is None or b is None:
             return None
         known = ~(np.isnan(a) | np.isnan(b))
-        return (a[known], b[known]) if known.any() else None
+        return known if known.any() else None
 
-
-def relative_loss(values: Float, full: Float, draws: int = DRAWS, seed: int = 0) -> Interval | None:
-    """Return 1 - mean(values) / mean(full) with its bootstrap interval; prompts are drawn together.
-
-    None where the full cache's mean is not above 0: there is nothing to lose.
-    """
-    whole = float(full.mean())
-    if not whole > 0:
-        return None
-    drawn = shared_weights(len(full), draws, seed)
-    below = drawn @ full
-    kept = np.divide(drawn @ values, below, out=np.full(draws, np.nan), where=below > 0)
-    return percentile_interval(1 - float(values.mean()) / whole, 1 - kept)
+    def _documents(self, known: NDArray[np.bool_]) -> Documents:
+        return Documents.apart(int(known.sum())) if self.documents is None else self.documents.at(known)
 
 
 def make_place(
@@ -194,6 +233,7 @@ def make_place(
         samples=samples,
         points=points,
         facts=_facts([first[s] for s in samples]),
+        documents=Documents.grouped([document(dict(first[s])) for s in samples]),
     )
 
 

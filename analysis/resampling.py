@@ -11,13 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.analysis.statistics import Interval, percentile_interval, wilson_interval
+from kvtool.analysis.statistics import DRAWS as MOST_DRAWS
+from kvtool.analysis.statistics import TIE, Interval, percentile_interval, shared_weights, wilson_interval
 
 Float = NDArray[np.float64]
 
-#: resamples of bootstrap and permutation tests
+#: resamples of permutation tests, and of the bootstrap where its method is asked for
 DRAWS = 9999
-METHODS = ("bca", "percentile")
+#: of bootstrap intervals; the first is the one that every table of kvtool has
+METHODS = ("expanded", "bca", "percentile")
+#: What every table says of its intervals: one method for one question.
+HOW = (
+    "95 % intervals: Wilson for figures that are 0 or 1 and Bonett and Price for their paired differences, else the bootstrap over "
+    "prompts with expanded percentiles"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +55,33 @@ class Documents:
         """Whether every sample is a document of its own."""
         return self.n == len(self.of)
 
+    @classmethod
+    def grouped(cls, names: Sequence[str]) -> Documents:
+        """Number documents by name; if all samples are of one, each counts as its own: what is resampled then are its parts."""
+        return cls.named(names) if len(set(names)) > 1 else cls.apart(len(names))
+
+    @classmethod
+    def apart(cls, n: int) -> Documents:
+        """Every sample is a document of its own."""
+        return cls(np.arange(n, dtype=np.int64))
+
+    def at(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Documents:
+        """Return the documents of some of the samples, numbered anew."""
+        return Documents(np.unique(self.of[which], return_inverse=True)[1].astype(np.int64))
+
     def sums(self, values: Float) -> Float:
         """Return the sum of `values` in each document, (C,)."""
         return np.bincount(self.of, weights=values, minlength=self.n).astype(np.float64)
 
 
 def mean_interval(
-    values: Float, documents: Documents, *, binary: bool | None = None, method: str = "bca", draws: int = DRAWS, seed: int = 0
+    values: Float,
+    documents: Documents,
+    *,
+    binary: bool | None = None,
+    method: str = METHODS[0],
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Interval:
     """Return the mean over samples with a 95 % interval; whole documents are resampled.
 
@@ -68,8 +95,9 @@ def mean_interval(
     binary : bool, optional
         Whether the figure can only be 0 or 1; default: judged by the values.
     method : str
-        ``"bca"`` (bias-corrected and accelerated) or ``"percentile"``.
+        ``"expanded"`` (see `kvtool.analysis.statistics.expanded_level`), ``"bca"`` (bias-corrected and accelerated) or ``"percentile"``.
     draws, seed : int
+        ``"expanded"`` draws 2,000 times at most, the same for all figures.
     """
     if np.isin(values, (0.0, 1.0)).all() if binary is None else binary:
         n = effective_n(values, documents)
@@ -78,6 +106,9 @@ def mean_interval(
     if documents.n < 2:
         return Interval(point, float("nan"), float("nan"))
     sums, counts = documents.sums(values), documents.sums(np.ones(len(values)))
+    if method == "expanded":
+        weights = shared_weights(documents.n, min(draws, MOST_DRAWS), seed)
+        return percentile_interval(point, (weights @ sums) / (weights @ counts), documents.n)
     low, high = _bootstrap(sums, counts, method, draws, seed)
     return Interval(point, min(low, point), max(high, point))
 
@@ -105,44 +136,67 @@ def _bootstrap(sums: Float, counts: Float, method: str, draws: int, seed: int) -
 
 
 def effective_n(values: Float, documents: Documents) -> float:
-    """Return how many independent samples 0/1 figures are worth: n / design effect, at most n.
+    """Return how many independent samples figures are worth: n / design effect, at most n.
 
     The variance with documents is the linearised one of a ratio of sums (Cochran 1977, chapter 6), without finite-population
-    correction.
+    correction. Where all values are the same it is the number of documents.
     """
-    n, n_documents, p = len(values), documents.n, float(values.mean())
+    n, n_documents = len(values), documents.n
     if documents.single:
         return float(n)
-    if p in (0.0, 1.0) or n_documents < 2:
+    if np.ptp(values) <= TIE or n_documents < 2:
         return float(n_documents)
-    residuals = documents.sums(values - p)
+    residuals = documents.sums(values - values.mean())
     clustered = n_documents / (n_documents - 1) * float((residuals**2).sum()) / n**2
-    simple = p * (1 - p) / (n - 1)
+    simple = float(values.var()) / (n - 1)
     return float(min(n, n * simple / clustered)) if clustered > 0 else float(n)
 
 
 def change_interval(
-    values: Float, baseline: Float, documents: Documents, *, method: str = "bca", draws: int = DRAWS, seed: int = 0
+    values: Float,
+    baseline: Float,
+    documents: Documents | None = None,
+    *,
+    share: bool = True,
+    method: str = METHODS[0],
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Interval:
     """Return the mean of ``values - baseline``, of the same S samples, with a 95 % interval.
 
-    Where both can only be 0 or 1 it is Newcombe's interval of paired proportions (1998, method 10 without continuity
-    correction), from Wilson's two and their correlation: the bootstrap would claim certainty where all differences are equal.
-    Otherwise the bootstrap of `mean_interval`.
+    Where both can only be 0 or 1 it is the adjusted Wald interval of paired proportions (Bonett and Price 2012): one sample is
+    added to those won and one to those lost. Otherwise the bootstrap of `mean_interval`. A bootstrap of equal differences would
+    claim certainty: they get the width of that interval with nothing won or lost, 2.8 / (n + 2) either way.
+
+    Parameters
+    ----------
+    values, baseline : ndarray of shape (S,)
+    documents : Documents, optional
+        Default: every sample is a document of its own.
+    share : bool
+        The figure lies between 0 and 1, as scores do; losses do not, even if all values happen to.
+    method : str
+    draws, seed : int
+        See `mean_interval`.
     """
-    if not (np.isin(values, (0.0, 1.0)).all() and np.isin(baseline, (0.0, 1.0)).all()):
-        return mean_interval(values - baseline, documents, binary=False, method=method, draws=draws, seed=seed)
-    a, b = (mean_interval(v, documents, binary=True) for v in (values, baseline))
-    spread = float(values.std() * baseline.std())
-    phi = float(((values - a.mean) * (baseline - b.mean)).mean()) / spread if spread > 0 else 0.0
-    point = a.mean - b.mean
+    documents = documents or Documents.apart(len(values))
+    difference = values - baseline
+    if np.isin(values, (0.0, 1.0)).all() and np.isin(baseline, (0.0, 1.0)).all():
+        n = effective_n(difference, documents)
+        return _of_counts(float(difference.mean()), n * float((difference > 0).mean()), n * float((difference < 0).mean()), n)
+    found = mean_interval(difference, documents, binary=False, method=method, draws=draws, seed=seed)
+    inside = share and min(values.min(), baseline.min()) >= 0 and max(values.max(), baseline.max()) <= 1
+    if not inside or documents.n < 2 or np.ptp(difference) > TIE:
+        return found
+    equal = _of_counts(0.0, 0.0, 0.0, documents.n)
+    return Interval(found.mean, max(-1.0, found.mean + equal.low), min(1.0, found.mean + equal.high))
 
-    def reach(x: float, y: float) -> float:
-        return float(np.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y)))
 
-    low = point - reach(a.mean - a.low, b.high - b.mean)
-    high = point + reach(a.high - a.mean, b.mean - b.low)
-    return Interval(point, max(-1.0, low), min(1.0, high))
+def _of_counts(mean: float, won: float, lost: float, n: float) -> Interval:
+    """Return the difference of two paired proportions with its interval, from how many of n samples are won and lost."""
+    up, down = (won + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = 1.959963984540054 * float(np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
+    return Interval(mean, max(-1.0, min(up - down - half, mean)), min(1.0, max(up - down + half, mean)))
 
 
 def paired_p(differences: Float, documents: Documents, draws: int = DRAWS, seed: int = 0) -> float:

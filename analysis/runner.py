@@ -8,14 +8,15 @@ from pathlib import Path
 from kvtool.analysis.answer import make_answer, warnings
 from kvtool.analysis.cells import build_cells
 from kvtool.analysis.cliffs import Cliff, find_cliffs
-from kvtool.analysis.cliffs_report import cliff_figure, cliff_table
+from kvtool.analysis.cliffs_report import cliff_figures, cliff_table
 from kvtool.analysis.controls import check_decoding
 from kvtool.analysis.fidelity import Agreement
 from kvtool.analysis.fidelity_report import measure_all
 from kvtool.analysis.load import Reality, Simulation, check_belongs, load_reality, load_simulation
 from kvtool.analysis.points import make_place
-from kvtool.analysis.tables import build_table, csv_table, markdown_table, text_table
+from kvtool.analysis.tables import build_table, csv_table, table_lines, text_table
 from kvtool.files import write_text
+from kvtool.textgrid import save_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,13 @@ def run_analyze(simulate_dir: Path | None, infer_dir: Path, out: Path, draws: in
     figures = make_figures(rows)
     agreements = _agreements_or_none(simulation, reality, draws, seed)
     cliffs = _cliffs(simulation, reality)
-    fall = cliff_figure(cliffs) if cliffs else None
+    fall = next(iter(cliff_figures(cliffs)), None)
     for figure in (*figures, *([fall] if fall else [])):
         figure.save(out / "figures")
     if cliffs:
         cliff_table(cliffs).save(out)
-    write_text(out / "table.md", markdown_table(rows))
-    write_text(out / "table.csv", csv_table(rows))
+    title = "Prediction beside reality" if simulation else "What was run"
+    save_tables(out, "table", title, [("", table_lines(rows))], csv_table(rows))
     page = render_report(rows, answer, notes, figures, agreements, simulation, reality, cliffs, fall)
     write_text(out / "report.html", page)
     return AnalyzeSummary(out / "report.html", text_table(rows), answer.text(), tuple(notes))

@@ -17,6 +17,8 @@ Float = NDArray[np.float64]
 
 #: means of scores that differ by less are equal: resampling adds rounding noise of about 1e-16
 TIE = 1e-9
+#: bootstrap draws of an interval
+DRAWS = 2000
 #: pairs x draws that `tau_b` holds at once (8 bytes each, a few arrays)
 _BLOCK = 1 << 22
 
@@ -43,29 +45,48 @@ def shared_weights(n_samples: int, draws: int, seed: int) -> Float:
     return drawn
 
 
-def percentile_interval(point: float, drawn: Float) -> Interval:
+def percentile_interval(point: float, drawn: Float, n: int | None = None) -> Interval:
     """Return a point estimate with the 2.5 and 97.5 percentiles of its draws; NaN draws are left out.
 
     The interval always contains the point: rounding of equal values, or the bias of resampled orders, would push it out.
+
+    Parameters
+    ----------
+    point : float
+    drawn : ndarray of shape (D,)
+    n : int, optional
+        What was resampled, of a mean. The percentiles of `expanded_level` are taken then: those of few samples are too narrow.
     """
     known = drawn[~np.isnan(drawn)]
     if not len(known):
         return Interval(point, float("nan"), float("nan"))
-    low, high = _ends(known)
+    low, high = _ends(known, 0.025 if n is None else expanded_level(n))
     return Interval(point, min(low, point), max(high, point))
 
 
-def _ends(drawn: Float) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles, as ``np.quantile`` does: by one sort, as reports of many cells take them by the ten thousand."""
+@lru_cache(maxsize=256)
+def expanded_level(n: int) -> float:
+    """Return the percentile at which a bootstrap mean of n samples covers 95 % (Hesterberg 2015, "expanded percentile").
+
+    The spread of resampled means is that of n, not of n - 1, and knows no t: for normal values the returned level undoes both.
+    0.0108 for 12 samples, 0.0225 for 100.
+    """
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1))) if n > 1 else 0.0
+
+
+def _ends(drawn: Float, level: float = 0.025) -> tuple[float, float]:
+    """Return the two percentiles, as ``np.quantile`` does: by one sort, as reports of many cells take them by the ten thousand."""
     ordered = np.sort(drawn)
-    where = np.asarray([0.025, 0.975]) * (len(ordered) - 1)
+    where = np.asarray([level, 1 - level]) * (len(ordered) - 1)
     below = where.astype(int)
     above = np.minimum(below + 1, len(ordered) - 1)
     low, high = ordered[below] + (where - below) * (ordered[above] - ordered[below])
     return float(low), float(high)
 
 
-def mean_interval(values: Float, draws: int = 2000, seed: int = 0, binary: bool | None = None) -> Interval:
+def mean_interval(values: Float, draws: int = DRAWS, seed: int = 0, binary: bool | None = None) -> Interval:
     """Return the mean of S values with a bootstrap interval.
 
     A figure that is 0 or 1 gets Wilson's interval instead: the bootstrap of identical values would claim certainty.
@@ -79,7 +100,7 @@ def mean_interval(values: Float, draws: int = 2000, seed: int = 0, binary: bool 
     """
     if np.isin(values, (0.0, 1.0)).all() if binary is None else binary:
         return wilson_interval(int(values.sum()), len(values))
-    return percentile_interval(float(values.mean()), shared_weights(len(values), draws, seed) @ values)
+    return percentile_interval(float(values.mean()), shared_weights(len(values), draws, seed) @ values, len(values))
 
 
 def wilson_interval(hits: float, n: float) -> Interval:
@@ -90,12 +111,6 @@ def wilson_interval(hits: float, n: float) -> Interval:
     # The exact bounds of no and of all hits are 0 and 1; rounding must not move them.
     low = 0.0 if hits == 0 else max(0.0, float(centre - half))
     return Interval(p, low, 1.0 if hits == n else min(1.0, float(centre + half)))
-
-
-def paired_interval(values: Float, baseline: Float, draws: int = 2000, seed: int = 0) -> Interval:
-    """Return the mean difference ``values - baseline`` of the same S samples with a bootstrap interval."""
-    difference = values - baseline
-    return percentile_interval(float(difference.mean()), shared_weights(len(difference), draws, seed) @ difference)
 
 
 def tau_b(x: Float, y: Float) -> Float:

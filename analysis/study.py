@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtool.analysis.answer import MIN_PROMPTS, TOLERANCE
+from kvtool.analysis.answer import MIN_PROMPTS, TOLERANCE, cost, counted, holding
 from kvtool.analysis.cliffs import asked
 from kvtool.analysis.points import FIGURES, Place, Point
-from kvtool.analysis.statistics import Interval, paired_interval
+from kvtool.analysis.statistics import Interval
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -36,6 +36,10 @@ class StudyData:
     folders : dict of str to list of (str, Path)
         Kind of stage -> title and result folder of its finished nodes.
     provenance : dict
+    texts : tuple of Place
+        Texts that were read, see `kvtool.analysis.reading`.
+    asks : str
+        Metric that most of the study's findings are about; empty without findings.
     """
 
     name: str
@@ -48,6 +52,8 @@ class StudyData:
     tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
     folders: dict[str, list[tuple[str, Path]]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    texts: tuple[Place, ...] = ()
+    asks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +83,13 @@ class Choice:
 
 
 def choose(place: Place) -> Choice:
-    """Choose the smallest cache whose score is not shown to be more than `TOLERANCE` below the full cache's, as a run's report does."""
+    """Choose the smallest cache that holds the score, as a run's report does: see `kvtool.analysis.answer.holding`."""
     figure = place.figure()
     if figure is None:
         return Choice(place, None, "score", None, why="no full cache beside it")
     able = [(p, place.change(p, figure)) for p in place.points if p.budget and not p.degenerate and not p.control]
     known = [(p, change) for p, change in able if change is not None]
-    good = [(p, change) for p, change in known if change.low >= -TOLERANCE]
+    good = [known[i] for i in holding([change for _, change in known])]
     if not good:
         best = max(known, key=lambda pair: pair[1].mean, default=None)
         why = "nothing was run" if best is None else f"closest: {best[0].label} at {100 * (best[0].retention or 0):.3g} %"
@@ -103,19 +109,10 @@ def _second(place: Place, point: Point) -> float:
 def _tied(place: Place, best: Point, figure: str, known: Sequence[tuple[Point, Interval]]) -> tuple[str, ...]:
     found = []
     for other, _ in known:
-        pair = place.pair(best, other, figure)
-        if other is not best and asked(other) == asked(best) and pair is not None and paired_interval(*pair).low <= 0:
+        change = place.versus(best, other, figure) if other is not best and asked(other) == asked(best) else None
+        if change is not None and change.low <= 0:
             found.append(other.label)
     return tuple(found)
-
-
-def cost(change: Interval, n: int) -> str:
-    """Return what a choice costs, in words."""
-    if change.low == change.high == 0:
-        return f"costs nothing on {n} prompts (a true loss of up to {min(1.0, 3 / n):.2f} could go unseen)"
-    half = max(change.high - change.mean, change.mean - change.low)
-    verb = "costs" if change.mean <= 0 else "gains"
-    return f"{verb} {abs(change.mean):.2f} ± {half:.2f}"
 
 
 def headline(choices: Sequence[Choice]) -> str:
@@ -124,10 +121,8 @@ def headline(choices: Sequence[Choice]) -> str:
     if not choices:
         return "Nothing was generated or fed for real: there is no workload to choose a cache for."
     if not chosen:
-        return (
-            f"No compressed cache held the score within {TOLERANCE:g} of the full cache in any of "
-            f"{len(choices)} workloads: keep the full cache."
-        )
+        where = "" if len(choices) == 1 else f" in any of {len(choices)} workloads"
+        return f"No compressed cache held the score within {TOLERANCE:g} of the full cache{where}: keep the full cache."
     if len(choices) == 1:
         return f"For {choices[0].place.model} and this workload {_run(chosen[0])}."
     counts = Counter(c.point.label for c in chosen if c.point)
@@ -143,7 +138,7 @@ def headline(choices: Sequence[Choice]) -> str:
     who = f"For {next(iter(models))}" if len(models) == 1 else f"Over {len(models)} models"
     return (
         f"{who} run {best} at {reach} of the entries, by workload: it is the smallest that holds the score in "
-        f"{often} of {len(choices)} workloads, saves {worth} of the KV cache there and, at worst, {cost_of}."
+        f"{often} of {counted(len(choices), 'workload')}, saves {worth} of the KV cache there and, at worst, {cost_of}."
     )
 
 
@@ -163,11 +158,18 @@ def details(choices: Sequence[Choice]) -> list[str]:
         f"the choice per workload: the smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below "
         "the full cache"
     ]
+    few = [c for c in choices if c.point and c.change and not c.change.low >= -TOLERANCE]
+    if few:
+        where = "" if len(choices) == 1 else f"in {len(few)} of {len(choices)} workloads "
+        lines.append(f"{where}there are too few prompts to show that: it is the smallest that lost nothing on them")
     left = [c for c in choices if c.point is None]
     if left and len(left) < len(choices):
-        lines.append(f"{len(left)} of {len(choices)} workloads have no such cache among those that were run")
+        lines.append(f"in {len(left)} of {len(choices)} workloads no cache that was run is such a one")
     few = [c for c in choices if len(c.place.samples) < MIN_PROMPTS]
     if few:
         least = min(len(c.place.samples) for c in few)
-        lines.append(f"{len(few)} workloads have fewer than {MIN_PROMPTS} prompts (as few as {least}): a first look")
+        have = "has" if len(few) == 1 else "have"
+        lines.append(
+            f"{counted(len(few), 'workload')} {have} fewer than {MIN_PROMPTS} prompts (as few as {least}): a first look"
+        )
     return lines

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from kvtool.analysis.answer import cost
 from kvtool.analysis.cliffs import asked, percent
 from kvtool.analysis.points import FIGURES, Place
-from kvtool.analysis.study import Choice, StudyData, cost
+from kvtool.analysis.statistics import Interval
+from kvtool.analysis.study import Choice, StudyData
 from kvtool.analysis.tabular import Cell, Table, number, plain_table, spread, words
+from kvtool.naming import short_name
 
 
 def where(place: Place) -> tuple[Cell, ...]:
@@ -98,7 +103,7 @@ def point_table(places: Sequence[Place]) -> Table:
     )
     figures = ", ".join(dict.fromkeys(FIGURES[place.figure() or "score"][1] for place in places))
     how = f"Score: {figures}. Times are of the machine that ran them; they compare rows of one workload, nothing else."
-    return Table("points", "Every point", how, header, tuple(rows))
+    return Table("points", "Every point", how, header, tuple(rows), wanted=10)
 
 
 def node_table(data: StudyData) -> Table:
@@ -110,8 +115,31 @@ def node_table(data: StudyData) -> Table:
     return Table("nodes", "What was run", "", ("node", "stage", "state", "seconds", "note"), rows)
 
 
+#: Metric of a flat row -> its heading; in the order in which they are wanted, those of the second line hidden at first in a page.
+WANTED = {
+    "perplexity": "perplexity (95 %)",
+    "perplexity_ratio": "over full's (95 %)",
+    "effective_context": "effective context",
+    "kv_mb": "KV MB",
+    "peak_mb": "peak MB",
+    "ttft_s": "TTFT s",
+    "tpot_ms": "ms/token",
+    "tokens_per_s": "tokens/s",
+    "speedup": "speed-up",
+}
+FURTHER = {
+    "next_token_accuracy": "next-token accuracy",
+    "kept": "kept %",
+    "attention_ms": "attention ms",
+    "compress_s": "compress s",
+    "total_s": "total s",
+}
+#: Metrics whose interval over pieces of a text stands beside them.
+WITH_INTERVAL = ("perplexity", "perplexity_ratio", "next_token_accuracy")
+
+
 def series_table(data: StudyData, stages: Sequence[str], name: str, title: str) -> Table | None:
-    """Return flat result rows of some stages with every metric that any has; None without rows."""
+    """Return flat result rows of some stages with every metric that any has, the most wanted first; None without rows."""
     rows = [row for row in data.rows if row["stage"] in stages]
     metrics = [key.removesuffix("_low") for key in (rows[0] if rows else {}) if key.endswith("_low")]
     used = [key for key in metrics if any(row.get(key) is not None for row in rows)]
@@ -120,16 +148,32 @@ def series_table(data: StudyData, stages: Sequence[str], name: str, title: str) 
     facts = [
         key for key in ("series", "model", "task", "length", "batch", "budget") if len({str(row[key]) for row in rows}) > 1
     ]
+    first = [key for key in WANTED if key in used]
+    last = [key for key in used if key not in WANTED]
     lines = tuple(
         (
             words(" = ".join(filter(None, (row["label"], row["also"]))), str(row["policy"])),
             *(number(row[key], 0) if isinstance(row[key], int) else words(row[key]) for key in facts),
-            *(number(row[key], _digits(row[key])) for key in used),
+            *(_metric(row, key) for key in first),
             words(row["note"]),
+            *(_metric(row, key) for key in last),
         )
         for row in rows
     )
-    return Table(name, title, "", ("policy", *facts, *(key.replace("_", " ") for key in used), "note"), lines)
+    header = [*(WANTED[key] for key in first), "note", *(FURTHER.get(key, key.replace("_", " ")) for key in last)]
+    how = (
+        "Medians on the machine that ran them; ms/token: time per token after the first, TTFT: time to the first."
+        if "tpot_ms" in used
+        else ""
+    )
+    return Table(name, title, how, ("policy", *facts, *header), lines, wanted=2 + len(facts) + len(first) if last else 0)
+
+
+def _metric(row: Mapping[str, Any], key: str) -> Cell:
+    value, low, high = (row.get(f"{key}{end}") for end in ("", "_low", "_high"))
+    if key in WITH_INTERVAL and value is not None and low is not None and high is not None:
+        return spread(Interval(value, low, high), _digits(value))
+    return number(value, _digits(value))
 
 
 def _digits(value: float | None) -> int:
@@ -142,6 +186,15 @@ OWN = {
     "What the study found, here": ("findings", ""),
     "The study's own numbers beside ours": ("reference", ""),
     "Critical retentions, refined": ("refined", "Run for real between grid values where a curve falls, on the same prompts."),
+    "Metrics of every policy": (
+        "metrics",
+        "Efficiency: score % / kept %, read beside the score; head specialization: Gini coefficient of the entries that heads keep (0: all "
+        "alike); the last columns against the full cache on the same prompts.",
+    ),
+    "Head importance before and after compression": (
+        "hiv",
+        "Of KV heads: variance over the full cache's (1: unchanged), rank correlation with it, share of the top heads that stay the top.",
+    ),
     "Why policies fall short": (
         "gap_parts",
         "Predicted harm (lost margin) above the oracle's, taken apart: protection wants smaller sink and window, selection a better "
@@ -152,9 +205,22 @@ OWN = {
 
 def own_tables(data: StudyData) -> list[Table]:
     """Return the study's findings, own numbers and further tables of its stages, as the summary has them; others are made anew."""
+    names = {short_name(point.policy): point.label for place in data.places for point in place.points}
     found: list[Table] = []
     for title, header, lines in data.tables:
         known = next((value for start, value in OWN.items() if title.startswith(start)), None)
         if known is not None and known[0] not in {table.name for table in found}:
-            found.append(plain_table(known[0], title, known[1], header, lines))
+            found.append(_named(plain_table(known[0], title, known[1], header, lines), names))
     return found
+
+
+def _named(table: Table, names: Mapping[str, str]) -> Table:
+    """Call policies what the study calls them; their text is under the pointer."""
+    if "policy" not in table.header:
+        return table
+    place = table.header.index("policy")
+    rows = tuple(
+        tuple(words(names.get(cell.text, cell.text), cell.text) if i == place else cell for i, cell in enumerate(row))
+        for row in table.rows
+    )
+    return replace(table, rows=rows)

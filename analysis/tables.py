@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +10,9 @@ import numpy as np
 
 from kvtool.analysis.load import Reality, Simulation
 from kvtool.analysis.plain import short_names
-from kvtool.analysis.statistics import TIE, Interval, mean_interval, paired_interval
-from kvtool.textgrid import figure, grid
+from kvtool.analysis.resampling import change_interval, mean_interval
+from kvtool.analysis.statistics import TIE, Interval
+from kvtool.textgrid import Lines, csv_text, figure, grid
 
 CONTROL = "random"
 FULL = "full"
@@ -108,6 +107,7 @@ def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> Tab
     if bad:
         return TableRow(**base, status=bad[0]["status"], message=bad[0]["message"], degenerate=degenerate)
     score, accuracy, full = (reality.values(p, k) for p, k in ((policy, "score"), (policy, "answer_accuracy"), (FULL, "score")))
+    by_score, by_accuracy = reality.documents("score"), reality.documents("answer_accuracy")
     control = _control(reality, first)
     held = np.asarray([r["kv_bytes_prompt_end"] - r["slack_bytes"] for r in records], dtype=np.float64)
     whole = np.asarray([r["kv_bytes_full"] for r in records], dtype=np.float64)
@@ -120,14 +120,14 @@ def _row(reality: Reality, policy: str, predicted: dict[str, Any] | None) -> Tab
         harm=predicted["harm"] if predicted else None,
         risk=predicted["risk"] if predicted else None,
         loss=_loss(predicted) if predicted else None,
-        score=None if score is None else mean_interval(score),
-        accuracy=None if accuracy is None else mean_interval(accuracy, binary=False),
-        change=None if score is None or full is None or policy == FULL else paired_interval(score, full),
+        score=None if score is None else mean_interval(score, by_score),
+        accuracy=None if accuracy is None else mean_interval(accuracy, by_accuracy),
+        change=None if score is None or full is None or policy == FULL else change_interval(score, full, by_score),
         kv_bytes=float(held.mean()),
         saved=float(1 - held.sum() / whole.sum()),
         ttft_s=float(np.median([r["ttft_s"] for r in records])),
         tpot_s=_median([r["tpot_s"] for r in records]),
-        beats_control=None if accuracy is None or control is None else bool(paired_interval(accuracy, control).low > 0),
+        beats_control=None if accuracy is None or control is None else change_interval(accuracy, control, by_accuracy).low > 0,
     )
 
 
@@ -176,15 +176,13 @@ def _ranks(rows: list[TableRow]) -> list[TableRow]:
 
 def text_table(rows: list[TableRow]) -> str:
     """Return an aligned table for the terminal."""
-    header = ["policy", "kept", "KV saved", "rank sim", "rank real", "risk", "accuracy (95 %)", "score (95 %)", "note"]
-    return grid(header, [_cells(row) for row in rows])
+    return grid(*table_lines(rows))
 
 
-def markdown_table(rows: list[TableRow]) -> str:
-    """Return a Markdown table."""
+def table_lines(rows: list[TableRow]) -> Lines:
+    """Return header and lines, as shown."""
     header = ["policy", "kept", "KV saved", "rank sim", "rank real", "risk", "accuracy (95 %)", "score (95 %)", "note"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in rows]) + "\n"
+    return header, [_cells(row) for row in rows]
 
 
 def _cells(row: TableRow) -> list[str]:
@@ -203,16 +201,14 @@ def _cells(row: TableRow) -> list[str]:
 
 def csv_table(rows: list[TableRow]) -> str:
     """Return the table as CSV with unrounded figures."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    lines = []
     plain = ["policy", "method", "budget", "status", "degenerate", "retention", "saved", "kv_bytes"]
     plain += ["simulated_rank", "real_rank", "risk", "harm", "ttft_s", "tpot_s", "beats_control", "message"]
     spread = ["score", "accuracy", "change"]
-    writer.writerow(plain + [f"{name}{part}" for name in spread for part in ("", "_low", "_high")])
     for row in rows:
         cells = [getattr(row, name) for name in plain]
         for name in spread:
             value: Interval | None = getattr(row, name)
             cells += ["", "", ""] if value is None else [value.mean, value.low, value.high]
-        writer.writerow(["" if c is None else c for c in cells])
-    return buffer.getvalue()
+        lines.append(cells)
+    return csv_text([*plain, *(f"{name}{part}" for name in spread for part in ("", "_low", "_high"))], lines)

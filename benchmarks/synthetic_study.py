@@ -68,6 +68,7 @@ def write_study(out: Path, text: str) -> int:
             continue
         shape = MODELS[node.cell.model.label.removeprefix("synthetic-")]
         config = {"synthetic": True, "model": node.cell.model.text, "task": node.cell.task, "length": node.cell.length}
+        config["compress_at"] = node.cell.compress_at
         write_json(folder / "run.json", {"schema": "kvtool.run/1", "config": config, "provenance": {}})
         rng = np.random.default_rng(number)
         with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
@@ -107,8 +108,10 @@ def _record(
         "synthetic": True, "unit": f"{sample}-{policy}", "sample": f"s{sample}", "subset": "", "document": f"s{sample}",
         "policy": policy, "method": method, "budget": budget, "seq_len": cell.length, "n_prompt": cell.length,
         "compress_at": cell.compress_at, "status": "ok", "message": None, "degenerate": False, "metric": "exact",
-        "shared_prefill": True, "decoding": {"strategy": "greedy"}, "meta": {"task": cell.task, "length": cell.length, "depth": 0.5},
-        "retention": share, "entries": share * cell.length, "head_entries": entries.tolist(), "prediction": " 64345.",
+        "shared_prefill": True, "decoding": {"strategy": "greedy"},
+        "meta": {"task": cell.task, "length": cell.length, "depth": (sample % 10 + 0.5) / 10},
+        "retention": share, "planned_entries": share * cell.length, "entries": share * cell.length,
+        "head_entries": entries.tolist(), "prediction": " 64345.",
         "prediction_ids": [222, 23, 21, 20, 21, 22, 15], "n_generated": 7, "score": score, "scores": {"exact": score},
         "answer_accuracy": 0.3 + 0.7 * score, "answer_exact": score, "answer_nll": 1.6 - score, "answer_margin": score,
         "kv_bytes_prompt_end": round(share * whole), "kv_bytes_generation_end": round(share * whole), "kv_bytes_full": whole,

@@ -13,26 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtool.errors import DataError, near_matches
-from kvtool.studies.results import METRICS, ResultRow, Value
+from kvtool.studies.judge import Judged, judge, verdict
+from kvtool.studies.noise import TIMES
+from kvtool.studies.paired import Value
+from kvtool.studies.results import METRICS, ResultRow
 from kvtool.studies.schema import Direction, Study
 
-#: Pairs of a finding whose figures are said one by one.
-MOST_SAID = 4
+#: Columns of the file.
 COLUMNS = ("label", "metric", "text", "value", "note")
-
-
-#: Metric -> the same as a change from the full cache on the same samples or tokens.
-PAIRED = {"score": "score_change", "accuracy": "accuracy_change", "perplexity": "perplexity_ratio"}
-
-
-#: Shares of the larger one by which what two rows keep may differ before a finding says so.
-UNEQUAL = 0.1
-
-#: Metrics that another process on the machine changes.
-TIMES = frozenset({"ttft_s", "tpot_ms", "tokens_per_s", "attention_ms", "compress_s", "total_s", "speedup"})
-
-#: Differences that are rounding.
-TINY = 1e-9
+#: Metric -> the one that a study without it measured the same by.
+INSTEAD = {"accuracy": "score", "score": "accuracy", "kv_mb": "peak_mb"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +45,59 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Theirs:
+    """The study's own two numbers of a finding.
+
+    Attributes
+    ----------
+    better, worse : Reference
+        Of the policies that the direction names, or of those that it says they stand for.
+    """
+
+    better: Reference
+    worse: Reference
+
+    @property
+    def gap(self) -> float:
+        """How much better the better one is there."""
+        sign = 1.0 if METRICS[self.better.metric].more is not False else -1.0
+        return sign * ((self.better.value or 0.0) - (self.worse.value or 0.0))
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """A finding of the study, and what was measured here.
 
     Attributes
     ----------
     direction : Direction
-    theirs : tuple of float or None
-        Better and worse, of the reference; None where it has no such numbers.
-    ours : tuple of (ResultRow, ResultRow)
+    theirs : Theirs or None
+        None where the study has no such numbers.
+    pairs : tuple of Judged
         Pairs of rows of the same cell and budget.
     verdict : str
-        ``"agrees"``, ``"differs"``, each also with ``" (no intervals)"``; ``"not clear"`` (within intervals, or split over cells);
-        ``"not measured"``.
-    count : tuple of int
-        Pairs that agree clearly, agree, differ clearly, all, and of these those that are equal: at the floor or the ceiling nothing shows.
+        See `kvtool.studies.judge.verdict`.
     difference : Value or None
-        The better way above 0, on the same prompts; of several pairs the mean, without interval; None without figures per prompt.
+        The better way above 0; of several pairs the mean, with interval only of a single one. A share of 1 for metrics of
+        `kvtool.studies.judge.RELATIVE`. None without figures per prompt.
     """
 
     direction: Direction
-    theirs: tuple[float, float] | None
-    ours: tuple[tuple[ResultRow, ResultRow], ...]
+    theirs: Theirs | None
+    pairs: tuple[Judged, ...]
     verdict: str
-    count: tuple[int, int, int, int, int]
     difference: Value | None = None
+
+    @property
+    def floors(self) -> str:
+        """The A/A floors that differences of times had to exceed, in words; empty where none is known."""
+        known = sorted(pair.floor for pair in self.pairs if pair.floor is not None)
+        ends = dict.fromkeys(f"{100 * floor:.1f}" for floor in (known[:1] + known[-1:]))
+        return f"{' to '.join(ends)} %" if known else ""
+
+    def count(self, *sizes: int) -> int:
+        """Return how many pairs are of these sizes, see `kvtool.studies.judge.Judged`."""
+        return sum(pair.size in sizes for pair in self.pairs)
 
 
 def read_reference(path: str | Path) -> tuple[list[Reference], list[str]]:
@@ -127,35 +145,22 @@ def findings(study: Study, rows: Sequence[ResultRow], reference: Sequence[Refere
 
 
 def _finding(direction: Direction, rows: Sequence[ResultRow], reference: Sequence[Reference]) -> Finding:
-    pairs = tuple(
-        (better, worse)
-        for better in _of(rows, direction.better, direction)
-        for worse in _of(rows, direction.worse, direction)
-        if _place(better) == _place(worse) and _budgets_match(better, worse)
-    )
-    judged = [_judge(direction.metric, better, worse) for better, worse in pairs]
-    count = (judged.count(2), sum(j > 0 for j in judged), judged.count(-2), len(judged), judged.count(0))
-    verdict = _verdict(count, pairs, direction.metric)
-    return Finding(direction, _theirs(direction, reference), pairs, verdict, count, _mean_difference(direction.metric, pairs))
+    metric, pairs = direction.metric, []
+    floors = [row.noise[metric] for row in rows if metric in row.noise] if metric in TIMES else []
+    for better in _of(rows, direction.better, direction):
+        for worse in _of(rows, direction.worse, direction):
+            if _place(better) == _place(worse) and _budgets_match(better, worse):
+                # A stage that measured nothing twice is judged by the noisiest one that did.
+                own = [row.noise[metric] for row in (better, worse) if metric in row.noise]
+                pairs.append(judge(metric, better, worse, max(own or floors, default=None)))
+    return Finding(direction, theirs(direction, reference), tuple(pairs), verdict(metric, pairs), _mean_difference(pairs))
 
 
-def _mean_difference(metric: str, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> Value | None:
-    found = [value for pair in pairs if (value := _difference(metric, *pair)) is not None]
+def _mean_difference(pairs: Sequence[Judged]) -> Value | None:
+    found = [pair.difference for pair in pairs if pair.difference is not None]
     if len(found) < 2:
         return found[0] if found else None
     return Value(sum(value.mean for value in found) / len(found))
-
-
-def _verdict(count: tuple[int, int, int, int, int], pairs: Sequence[tuple[ResultRow, ResultRow]], metric: str) -> str:
-    """Say what the pairs that differ come to: clear ones decide; where no figure has an interval, all must point the same way."""
-    clear, right, wrong, n, equal = count
-    if not n:
-        return "not measured"
-    if not any(row.values[metric].low is not None for pair in pairs for row in pair):
-        return "agrees (no intervals)" if right == n else "differs (no intervals)" if not right else "not clear"
-    if clear and not wrong and right > (n - equal) / 2:
-        return "agrees"
-    return "differs" if wrong and not clear and right < (n - equal) / 2 else "not clear"
 
 
 def _of(rows: Sequence[ResultRow], label: str, direction: Direction) -> list[ResultRow]:
@@ -178,93 +183,12 @@ def _budgets_match(first: ResultRow, second: ResultRow) -> bool:
     return len(set(shares)) <= 1
 
 
-def _judge(metric: str, better: ResultRow, worse: ResultRow) -> int:
-    """Return 2 if `better` is better by more than the intervals, 1 if it is better, -1 and -2 for the contrary, 0 for equal.
-
-    Scores and accuracies are compared prompt by prompt, with a bootstrap interval of the difference; perplexities by their ratios to
-    the full cache on the same tokens.
-    """
-    own = _difference(metric, better, worse)
-    if own is not None and own.low is not None and own.high is not None:
-        # An interval that ends at 0 but for rounding does not exclude it.
-        size = 2 if own.low > TINY or own.high < -TINY else 1
-        return 0 if abs(own.mean) <= TINY else size if own.mean > 0 else -size
-    paired = PAIRED.get(metric, metric)
-    sign = 1.0 if METRICS[metric].more is not False else -1.0
-    a, b = (row.values.get(paired, row.values[metric]) for row in (better, worse))
-    difference = sign * (a.mean - b.mean)
-    if difference == 0:
-        return 0
-    size = 2 if abs(difference) > _half(a) + _half(b) and (_half(a) or _half(b)) else 1
-    return size if difference > 0 else -size
-
-
-def _difference(metric: str, better: ResultRow, worse: ResultRow) -> Value | None:
-    """Return how much better `better` is on the prompts that both have; None without figures per prompt."""
-    import numpy as np
-
-    from kvtool.analysis.statistics import paired_interval
-
-    a, b = (row.samples.get(metric, {}) for row in (better, worse))
-    if not (shared := [sample for sample in a if sample in b]):
-        return None
-    first, second = (np.asarray([values[sample] for sample in shared], dtype=np.float64) for values in (a, b))
-    sign = 1.0 if METRICS[metric].more is not False else -1.0
-    found = paired_interval(sign * first, sign * second)
-    return Value(found.mean, found.low, found.high)
-
-
-def sentence(item: Finding) -> str:
-    """Return a finding in words, with the figures that were measured here; of times, with what they are worth."""
-    said = _sentence(item)
-    return (
-        f"{said} Only differences above the A/A floor of times show anything."
-        if item.direction.metric in TIMES and item.count[3]
-        else said
-    )
-
-
-def _sentence(item: Finding) -> str:
-    direction, (_, right, _, n, equal) = item.direction, item.count
-    if not n:
-        return f"Not measured here: {direction.say}."
-    opening = {"agrees": "Holds here", "differs": "Does not hold here"}.get(item.verdict.split(" ")[0], "Not clear here")
-    name, digits = METRICS[direction.metric].title, METRICS[direction.metric].digits
-    if 1 < n <= MOST_SAID:
-        both = [[f"{row.values[direction.metric].mean:.{digits}f}" for row in pair] for pair in item.ours]
-        figures = "; ".join(f"{better} with {direction.better}, {worse} with {direction.worse}" for better, worse in both)
-        return f"{opening}: {direction.say} ({name} {figures})."
-    if n > 1:
-        same = f", equal in {equal}" if equal else ""
-        by = "" if item.difference is None else f"; {item.difference.mean:+.2f} on average"
-        return f"{opening}: {direction.say} ({name}; {direction.better} is better in {right} of {n} pairs of rows{same}{by})."
-    better, worse = (row.values[direction.metric].mean for row in item.ours[0])
-    text = f"{opening}: {direction.say} ({name} {better:.{digits}f} with {direction.better}, {worse:.{digits}f} with {direction.worse}"
-    text += _unequal(*item.ours[0])
-    if item.difference is not None and item.difference.low is not None and item.difference.high is not None:
-        low, high = item.difference.low, item.difference.high
-        text += f"; better by {item.difference.mean:+.{digits}f}, {low:+.{digits}f} to {high:+.{digits}f} on the same prompts"
-    return text + ("; one measurement each, without intervals)." if item.verdict.endswith("(no intervals)") else ").")
-
-
-def _unequal(first: ResultRow, second: ResultRow) -> str:
-    """Say how much each of two rows keeps, where that is not about the same."""
-    for metric, unit in (("effective_context", " entries"), ("kept", " %")):
-        if metric in first.values and metric in second.values:
-            a, b = (row.values[metric].mean * METRICS[metric].factor for row in (first, second))
-            return f"; unequal memory: {a:.0f} against {b:.0f}{unit} kept" if abs(a - b) > UNEQUAL * max(a, b) else ""
-    return ""
-
-
-def _half(value: Value) -> float:
-    return 0.0 if value.low is None or value.high is None else (value.high - value.low) / 2
-
-
-def _theirs(direction: Direction, reference: Sequence[Reference]) -> tuple[float, float] | None:
-    found = {}
-    for label in (direction.better, direction.worse):
-        found[label] = next(
-            (r.value for r in reference if r.label == label and r.metric == direction.metric and r.value is not None), None
-        )
-    better, worse = found[direction.better], found[direction.worse]
-    return None if better is None or worse is None else (better, worse)
+def theirs(direction: Direction, reference: Sequence[Reference]) -> Theirs | None:
+    """Return the study's two numbers of a direction: in its metric, else in the one that the study has in its place; of one text."""
+    labels = direction.study or (direction.better, direction.worse)
+    for metric in (direction.metric, INSTEAD.get(direction.metric, "")):
+        mine = [r for r in reference if r.metric == metric and r.value is not None]
+        for better in (r for r in mine if r.label == labels[0]):
+            for worse in (r for r in mine if r.label == labels[1] and r.text == better.text):
+                return Theirs(better, worse)
+    return None

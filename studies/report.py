@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtool.files import read_records
 from kvtool.studies.extras import extra_tables
-from kvtool.studies.graph import Node, labels
-from kvtool.studies.naming import named_as, without_heads
+from kvtool.studies.graph import Node
+from kvtool.studies.look import Look
 from kvtool.studies.results import ResultRow, collect, to_records
 from kvtool.studies.runner import STUDY, NodeRow, open_folder, study_status
 from kvtool.studies.schema import Study
@@ -18,7 +19,6 @@ from kvtool.studies.state import REPORT, STRESS, folder_of
 
 if TYPE_CHECKING:
     from kvtool.analysis.cliffs_report import CliffSummary
-    from kvtool.analysis.points import Place
     from kvtool.analysis.study_report import StudyReport
 
 #: Where the report lies in a study's output folder.
@@ -28,30 +28,6 @@ FOLDER = "report"
 def is_study(folder: Path) -> bool:
     """Return whether a folder was written by ``kvtool run``."""
     return (folder / STUDY).exists()
-
-
-class Look:
-    """Digests the records of every real run while `collect` has them in hand."""
-
-    def __init__(self, study: Study) -> None:
-        self._named = labels(study)
-        self.places: list[tuple[Node, Place]] = []
-
-    def __call__(self, node: Node, records: list[dict[str, Any]]) -> None:
-        """Keep what the report needs of one node."""
-        from kvtool.analysis.points import make_place
-
-        named = {}
-        for text in dict.fromkeys(record["policy"] for record in records):
-            own = without_heads(text, node)
-            # What was added where a curve falls goes by the name of its method.
-            found = self._named.get(own) or named_as(own, self._named)
-            if found:
-                named[text] = (found[0].label, found[0].group)
-        cell = node.cell
-        place = make_place(records, cell.model.label, named, task=cell.task, length=cell.length, stage=node.stage.name)
-        if place is not None:
-            self.places.append((node, place))
 
 
 def make_report(
@@ -87,6 +63,8 @@ def make_report(
         scale=study.scale,
         about=study.about,
         places=tuple(place for _, place in look.places),
+        texts=look.texts(nodes, folder),
+        asks=_asks(study),
         predicted=tuple(_predicted(node, nodes, folder) for node, _ in look.places),
         rows=to_records(rows),
         nodes=[
@@ -102,10 +80,16 @@ def make_report(
             for r in state
         ],
         tables=[*_own_tables(study, rows), *extra_tables(nodes, folder)],
-        folders=_folders(nodes, folder, out),
+        folders=_folders(nodes, look, folder, out),
         provenance=_provenance(study, nodes, folder),
     )
     return write_report(data, out)
+
+
+def _asks(study: Study) -> str:
+    """Return the metric that most of the study's findings are about; empty without findings."""
+    counts = Counter(direction.metric for direction in study.directions)
+    return max(counts, key=lambda metric: counts[metric]) if counts else ""
 
 
 def _predicted(node: Node, nodes: Sequence[Node], folder: Path) -> dict[str, dict[str, Any]]:
@@ -129,30 +113,40 @@ def _own_tables(study: Study, rows: Sequence[ResultRow]) -> list[tuple[str, list
     return found
 
 
-def _folders(nodes: Sequence[Node], folder: Path, out: Path) -> dict[str, list[tuple[str, Path]]]:
+def _folders(nodes: Sequence[Node], look: Look, folder: Path, out: Path) -> dict[str, list[tuple[str, Path]]]:
     inner = {"stress": STRESS, "analyze": REPORT}
+    titles = Counter(node.title for node in nodes)
     found: dict[str, list[tuple[str, Path]]] = {}
     for node in nodes:
         kind = node.stage.kind
-        found.setdefault(kind, []).append((node.title, folder_of(folder, node) / inner.get(kind, "")))
-    needles = _needles(nodes, folder, out)
+        # Two stages that look at two runs of one cell would go by the same name.
+        of = f" of {', '.join(below.stage.name for below in node.inputs.values())}" if titles[node.title] > 1 else ""
+        found.setdefault(kind, []).append((node.title + of, folder_of(folder, node) / inner.get(kind, "")))
+    needles = _needles(nodes, look, folder, out)
     return {**found, "needles": needles} if needles else found
 
 
-def _needles(nodes: Sequence[Node], folder: Path, out: Path) -> list[tuple[str, Path]]:
-    """Draw heat maps of needle tests whose prompts lie on a grid of depths, the lengths of one model and task together."""
+def _needles(nodes: Sequence[Node], look: Look, folder: Path, out: Path) -> list[tuple[str, Path]]:
+    """Draw heat maps of needle tests, the lengths of one stage, model and task together."""
     from kvtool.analysis.niah import read_needles, write_needles
+    from kvtool.errors import DataError
 
-    groups: dict[tuple[str, str, str], list[Path]] = {}
+    groups: dict[tuple[str, str, str, str], list[Path]] = {}
     for node in nodes:
-        task = str(node.cell.task)
-        if node.stage.kind == "infer" and node.work["repeat"] == 0 and task.startswith("niah") and "depths=" in task:
-            groups.setdefault((node.cell.model.label, task, str(node.cell.compress_at)), []).append(folder_of(folder, node))
+        cell = node.cell
+        if node.stage.kind == "infer" and node.work["repeat"] == 0 and str(cell.task).startswith("niah"):
+            key = (node.stage.name, cell.model.label, str(cell.task), str(cell.compress_at))
+            groups.setdefault(key, []).append(folder_of(folder, node))
+    several = len({key[0] for key in groups}) > 1
+    named = {p.policy: p.label + (f" at {p.budget}" if p.share else "") for _, place in look.places for p in place.points}
     found = []
     for number, (key, folders) in enumerate(groups.items()):
         target = out / "needles" / str(number)
-        write_needles(read_needles(folders), target)
-        found.append((f"{key[0]}, {key[1]}, compressed at the {key[2]}", target))
+        try:
+            write_needles(read_needles(folders), target, named)
+        except DataError:  # several needles in a prompt have no one depth
+            continue
+        found.append((f"{key[1]}, {key[2]}, compressed at the {key[3]}" + (f", stage {key[0]}" if several else ""), target))
     return found
 
 
@@ -214,6 +208,7 @@ def study_cliffs(folder: Path, out: Path, refine: int) -> CliffSummary:
 
     _, nodes, _, _, look = _read(folder)
     cliffs = [c for node, place in look.places for c in find_cliffs(place, _predicted(node, nodes, folder.absolute()))]
+    cliffs += [c for place in look.texts(nodes, folder.absolute()) for c in find_cliffs(place)]
     if not cliffs:
         raise DataError(
             f"{folder} holds no finished real runs at two retentions beside a full cache that scores above 0: no curve"

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kvtool.executors.records import read_units
 from kvtool.files import read_records
 from kvtool.studies.graph import Node, labels
-from kvtool.studies.naming import budget_text, named_as, of_method, without_heads
+from kvtool.studies.naming import budget_text, named_as, without_heads
+from kvtool.studies.noise import floors_of_runs, floors_of_stress, times_of_points
+from kvtool.studies.paired import Value, by_sample, by_segment, documents_of, intervals
 from kvtool.studies.schema import Choice, Study
 from kvtool.studies.state import STRESS, folder_of
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from kvtool.infer.summary import Interval, PolicyRow
 
 
-Look = Callable[[Node, list[dict[str, Any]]], None]
+Look = Callable[[Node, list[dict[str, Any]], list[dict[str, Any]]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,14 @@ METRICS: dict[str, Metric] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A figure, with its 95 % interval (or quartiles, of times) where there is one; in the unit that tables show."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
+#: Times of a real run -> field of its summary.
+SUMMED = {
+    "ttft_s": "ttft_s",
+    "tpot_ms": "tpot_s",
+    "tokens_per_s": "tokens_per_s",
+    "compress_s": "compress_s",
+    "speedup": "speedup",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,12 @@ class ResultRow:
     values : dict of str to Value
         By key of `METRICS`.
     samples : dict of str to dict of str to float
-        ``score`` and ``accuracy`` of each prompt by its id, for paired comparisons; empty where there are none.
+        For paired comparisons, by metric: ``score``, ``accuracy`` and times of each prompt by its id; ``perplexity`` as nats per token
+        of each segment; times of a stress test by repeat. In the unit that tables show. Empty where there are none.
+    documents : dict of str to str
+        Prompt -> document, of those that are shared.
+    noise : dict of str to float
+        Metric of times -> what a relative difference must exceed: how far the same configuration, measured again, is from itself.
     """
 
     stage: str
@@ -122,12 +130,15 @@ class ResultRow:
     note: str
     values: dict[str, Value]
     samples: dict[str, dict[str, float]] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
 
 
 def collect(study: Study, nodes: Sequence[Node], out: Path, look: Look | None = None) -> list[ResultRow]:
     """Return the rows of all finished nodes, in the order of the study; runs that were repeated become one row.
 
-    `look` is shown the records of every real run, of repeated ones the first: they are large, and read once.
+    `look` is shown the records of every real run, of repeated ones the first, and those that were added where its curves fall: they are
+    large, and read once.
     """
     named, rows = labels(study), list[ResultRow]()
     for node in nodes:
@@ -155,7 +166,7 @@ def _infer_rows(
 ) -> list[ResultRow]:
     """Scores are of the first run, times the median of all runs' medians, with the smallest and the largest.
 
-    `finer`: folders with retentions that were added on the same prompts; `look` is shown those of methods with one name.
+    `finer`: folders with retentions that were added on the same prompts, which `look` is shown, too.
     """
     from kvtool.infer.summary import summarize
     from kvtool.studies.work_cliffs import refined_records
@@ -165,24 +176,17 @@ def _infer_rows(
         records = read_units(folder)
         runs.append({row.policy: row for row in summarize(records)})
         if number == 0:
-            each = _by_sample(records)
-            more = [r for path in finer for r in refined_records(path)] if look is not None else []
+            each, documents = by_sample(records), documents_of(records)
             if look is not None:
-                look(node, records + [r for r in more if len(of_method(without_heads(r["policy"], node), named)) == 1])
-    rows = []
+                look(node, records, [r for path in finer for r in refined_records(path)])
+    medians = [{text: {key: getattr(row, name) for key, name in SUMMED.items()} for text, row in run.items()} for run in runs]
+    noise, rows = floors_of_runs(medians), []
     for text, row in runs[0].items():
-        policy, values = without_heads(text, node), _measured(row)
-        same = [run[text] for run in runs if text in run]
-        for key, name in (
-            ("ttft_s", "ttft_s"),
-            ("tpot_ms", "tpot_s"),
-            ("tokens_per_s", "tokens_per_s"),
-            ("compress_s", "compress_s"),
-            ("speedup", "speedup"),
-        ):
-            values[key] = _spread(key, [getattr(one, name) for one in same])
+        policy, values = without_heads(text, node), {**_measured(row), **intervals(each, text, documents)}
+        for key, name in SUMMED.items():
+            values[key] = _spread(key, [getattr(run[text], name) for run in runs if text in run])
         made = _row(node, policy, row.budget, row.n, _note(row), values, named)
-        rows.append(replace(made, samples=each.get(text, {})))
+        rows.append(replace(made, samples=each.get(text, {}), documents=documents, noise=noise))
     return rows
 
 
@@ -195,16 +199,6 @@ def _measured(row: PolicyRow) -> dict[str, Value | None]:
     return values
 
 
-def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Policy -> metric -> prompt -> value."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for record in records:
-        for key, name in (("score", "score"), ("accuracy", "answer_accuracy")):
-            if record.get(name) is not None:
-                found.setdefault(record["policy"], {}).setdefault(key, {})[record["sample"]] = float(record[name])
-    return found
-
-
 def _refined_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]) -> list[ResultRow]:
     """Rows of the retentions that were added where curves fall; times are left out, as those of the grid were taken earlier."""
     from kvtool.infer.summary import summarize
@@ -213,11 +207,14 @@ def _refined_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]) -
     rows = []
     for path in sorted(folder.glob("round-*")):
         mine = {record["policy"] for record in refined_records(folder)}
-        for row in summarize(read_units(path)):
+        records = read_units(path)
+        each, documents = by_sample(records), documents_of(records)
+        for row in summarize(records):
             if row.policy in mine:
                 policy = without_heads(row.policy, node)
                 own = {policy: named_as(policy, named)}
-                rows.append(_row(node, policy, row.budget, row.n, _note(row), _measured(row), own))
+                values = {**_measured(row), **intervals(each, row.policy, documents)}
+                rows.append(_row(node, policy, row.budget, row.n, _note(row), values, own))
     return rows
 
 
@@ -261,7 +258,7 @@ def _row(
 def _perplexity_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]) -> list[ResultRow]:
     from kvtool.analysis.perplexity import read_perplexity
 
-    rows = []
+    rows, each = list[ResultRow](), by_segment(read_units(folder))
     for row in read_perplexity(folder).rows:
         held = row.entries
         values = {
@@ -274,7 +271,8 @@ def _perplexity_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]
         notes = [] if row.status == "ok" else [row.status]
         notes += ["never evicts" if row.drops_nothing and row.method != "full" else "", "degenerate" if row.degenerate else ""]
         policy = without_heads(row.policy, node)
-        rows.append(_row(node, policy, budget_text(row.policy), row.n_tokens, ", ".join(filter(None, notes)), values, named))
+        made = _row(node, policy, budget_text(row.policy), row.n_tokens, ", ".join(filter(None, notes)), values, named)
+        rows.append(replace(made, samples=each.get(row.policy, {})))
     return rows
 
 
@@ -282,7 +280,13 @@ def _stress_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]) ->
     from kvtool.infer.stress_table import endless_rows, points
 
     records = read_records(folder / "records.jsonl")
-    rows = [_point_row(node, row, named) for row in points(records) if not row.again]
+    noise, times = floors_of_stress(records), times_of_points(records)
+    rows = []
+    for row in points(records):
+        own = times.get((row.series == "batch", row.policy, row.length, row.batch), {})
+        shown = {key: {name: value * METRICS[key].factor for name, value in found.items()} for key, found in own.items()}
+        floors = noise.get((row.series == "batch", row.length, row.batch), {})
+        rows += [] if row.again else [replace(_point_row(node, row, named), samples=shown, noise=floors)]
     return rows + [_endless_row(node, row, named) for row in endless_rows(records)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,10 @@ from kvtool.files import write_json, write_text
 from kvtool.studies.estimate import Estimate
 from kvtool.studies.extras import CLIFFS, Extra
 from kvtool.studies.graph import Node
-from kvtool.studies.reference import Finding, Reference, findings, read_reference, sentence
-from kvtool.studies.results import METRICS, ResultRow, Value, to_records
+from kvtool.studies.paired import Value
+from kvtool.studies.reference import INSTEAD, Finding, Reference, findings, read_reference
+from kvtool.studies.results import METRICS, ResultRow, to_records
+from kvtool.studies.sayings import amount, sentence, shown_number
 from kvtool.studies.schema import Study
 from kvtool.textgrid import grid, markdown_grid
 
@@ -219,29 +221,61 @@ def _beside(study: Study, rows: Sequence[ResultRow], lay: Lay, brief: bool) -> l
     reference, _ = read_reference(study.reference) if study.reference else ([], [])
     found = []
     if reference and rows:
-        lines = [line for item in reference for line in _reference_lines(item, rows) if not brief or line[5] != MISSING]
-        found.append(
-            (
-                "The study's own numbers beside ours",
-                lay(["policy", "metric", "of", "study", "here", "measured on", "note"], lines),
-            )
-        )
+        lines = reference_lines(study, reference, rows)
+        if lines and not brief:
+            found.append((BESIDE, lay(REFERENCE, lines)))
+        elif lines:
+            found.append((BESIDE, lay(REFERENCE, [line for line in lines if line[4] != "-"])))
     judged = findings(study, rows, reference)
     if judged:
-        header = ["finding of the study", "metric", "study", "here", "better by", "verdict"]
-        found.append(("What the study found, here", lay(header, [_finding_cells(item) for item in judged])))
+        found.append(("What the study found, here", lay(FINDINGS, [_finding_cells(item) for item in judged])))
     return found
 
 
-def _reference_lines(item: Reference, rows: Sequence[ResultRow]) -> list[list[str]]:
-    metric = METRICS[item.metric]
-    theirs = "-" if item.value is None else f"{item.value:g}"
-    start = [item.label, metric.title, item.text or "-", theirs]
-    mine = [row for row in rows if item.label in (row.choice.label, *row.others) and item.metric in row.values]
-    same = [row for row in mine if item.text and item.text.lower() in str(row.task).lower()] or mine
-    if not same:
-        return [[*start, "-", MISSING, item.note]]
-    return [[*start, shown(row.values[item.metric], item.metric), _where(row), item.note] for row in same]
+#: Pairs of a finding whose figures a table shows one by one.
+MOST_SHOWN = 2
+BESIDE = "The study's own numbers beside ours"
+REFERENCE = ("policy of the study", "metric", "of", "study", "here", "measured on", "note")
+FINDINGS = ("finding of the study", "metric", "study", "here", "better by", "verdict")
+
+
+def reference_lines(study: Study, reference: Sequence[Reference], rows: Sequence[ResultRow]) -> list[list[str]]:
+    """Return the study's numbers that something here stands beside, and in one line how many there are besides.
+
+    A row stands beside a number of its own label, else of the label that a direction says it stands for at this scale.
+    """
+    stand_in: dict[str, str] = {}
+    for direction in study.directions:
+        for theirs, ours in zip(direction.study or (), (direction.better, direction.worse), strict=False):
+            stand_in.setdefault(theirs, ours)
+    known = [(item, lines) for item in reference if (lines := _reference_lines(item, rows, stand_in))]
+    n_left = len(reference) - len(known)
+    found = [line for _, lines in known for line in lines]
+    if n_left:
+        why = "no counterpart at this scale (other model, other capacities); --scale full measures them"
+        note = why if study.scale == "small" else "nothing here has their label and metric"
+        found.append([f"{n_left} further numbers" if n_left > 1 else "1 further number", "-", "-", "-", "-", MISSING, note])
+    return found
+
+
+def _reference_lines(item: Reference, rows: Sequence[ResultRow], stand_in: Mapping[str, str]) -> list[list[str]]:
+    """One line per row of ours beside a number; none where there is no such row."""
+    start = [item.label, METRICS[item.metric].title, item.text or "-", shown_number(item)]
+    for label in (item.label, stand_in.get(item.label)):
+        named = [row for row in rows if label in (row.choice.label, *row.others) and row.stage != "cliffs"]
+        for metric in (item.metric, INSTEAD.get(item.metric, "")) if label != item.label else (item.metric,):
+            mine = [row for row in named if metric in row.values]
+            same = [row for row in mine if item.text and item.text.lower() in str(row.task).lower()] or mine
+            if same:
+                said = [item.note] if item.note else []
+                said += (
+                    [f"here {label}" + (f", {METRICS[metric].title}" if metric != item.metric else "")]
+                    if label != item.label
+                    else []
+                )
+                note = "; ".join(said)
+                return [[*start, shown(row.values[metric], metric), _where(row), note] for row in same]
+    return []
 
 
 def _where(row: ResultRow) -> str:
@@ -256,14 +290,25 @@ def _where(row: ResultRow) -> str:
 
 
 def _finding_cells(item: Finding) -> list[str]:
-    direction, (_, right, _, n, equal) = item.direction, item.count
-    theirs = "-" if item.theirs is None else f"{item.theirs[0]:g} / {item.theirs[1]:g}"
+    direction, n = item.direction, len(item.pairs)
+    theirs = "no number"
+    if item.theirs is not None:
+        a, b = item.theirs.better, item.theirs.worse
+        theirs = f"{shown_number(a)} / {shown_number(b)}" + (
+            f" ({METRICS[a.metric].title})" if a.metric != direction.metric else ""
+        )
     ours = "-"
-    if n == 1:
-        ours = " / ".join(shown(row.values[direction.metric], direction.metric) for row in item.ours[0])
+    if item.verdict == "same policy":
+        ours = "the same policy when counted alike"
     elif n:
-        ours = f"holds in {right} of {n}" + (f", equal in {equal}" if equal else "")
-    by = "-" if item.difference is None else shown(item.difference, direction.metric)
+        both = [[shown(row.values[direction.metric], direction.metric) for row in (p.better, p.worse)] for p in item.pairs]
+        equal, against = item.count(0), item.count(-2)
+        counts = f"clear in {item.count(2)}, holds in {item.count(1, 2)} of {n}" + (f", equal in {equal}" if equal else "")
+        counts += f", clearly not in {against}" if against else ""
+        ours = "; ".join(" / ".join(each) for each in both) if n <= MOST_SHOWN else counts
+        ours += f" ({counts})" if 1 < n <= MOST_SHOWN else ""
+    by = "-" if item.difference is None else amount(item.difference, direction.metric)
+    by += f"; A/A {item.floors}" if item.floors else ""
     return [direction.say, METRICS[direction.metric].title, theirs, ours, by, item.verdict]
 
 

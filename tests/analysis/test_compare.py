@@ -193,5 +193,5 @@ def test_misuse_is_one_clear_line(make_run: Callable[..., Path], tmp_path: Path)
         run_compare([run], tmp_path / "out", baseline="h2o")
     with pytest.raises(DataError, match="no sample has the figure 'answer_exact'"):
         run_compare([run], tmp_path / "out", figures=["answer_exact"])
-    with pytest.raises(ConfigError, match="bca or percentile"):
+    with pytest.raises(ConfigError, match="expanded, bca or percentile"):
         run_compare([run], tmp_path / "out", how=Draws(99, 0, "normal"))

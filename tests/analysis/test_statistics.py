@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import kendalltau
 
 from kvtool.analysis import statistics
-from kvtool.analysis.statistics import mean_interval, nan_mean, paired_interval, tau_b, wilson_interval
+from kvtool.analysis.statistics import expanded_level, mean_interval, nan_mean, tau_b, wilson_interval
 from kvtool.bootstrap import bootstrap_weights
 
 small = st.integers(0, 4).map(float)
@@ -84,10 +85,12 @@ def test_zeros_and_ones_get_wilson() -> None:
     assert mean_interval(np.ones(8)).low == pytest.approx(wilson_interval(8, 8).low)
 
 
-def test_paired_interval_sees_a_small_constant_difference() -> None:
-    base = np.random.default_rng(1).normal(0, 10, size=30)
-    got = paired_interval(base + 0.1, base)
-    assert (got.mean, got.low, got.high) == pytest.approx((0.1, 0.1, 0.1))
+@pytest.mark.parametrize("n", [3, 12, 100])
+def test_expanded_percentiles_of_a_normal_bootstrap_are_students(n: int) -> None:
+    """The bootstrap of normal values has the standard deviation of n; Student's interval divides by n - 1 and has a wider quantile."""
+    half = -stats.norm.ppf(expanded_level(n)) * np.sqrt((n - 1) / n)
+    assert half == pytest.approx(stats.t.ppf(0.975, n - 1))
+    assert expanded_level(n) < 0.025
 
 
 def test_weights_sum_to_one() -> None:

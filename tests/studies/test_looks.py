@@ -33,7 +33,7 @@ stages:
   - capture: {permute: 0, windows: [8]}
   - gaps: {policies: [SnapKV], tasks: [niah], draws: 20}
   - hiv: {policies: [SnapKV], window: 8, draws: 20}
-  - infer: {n: 3, tasks: [niah]}
+  - infer: {n: 12, tasks: [niah]}
   - cliffs: {points: 1, rounds: 2, policies: [random (control)]}
   - compare: {draws: 99, baseline: SnapKV-}
   - consistency: {draws: 99}
@@ -86,7 +86,7 @@ def test_cliffs_are_refined_by_real_runs_between_grid_values(done: tuple[Path, P
     assert cliff["label"] == "random (control)"
     added = [r for path in folder(out, "cliffs").glob("round-*") for r in read_units(path) if r["policy"] != "full"]
     assert {r["policy"] for r in added} == set(facts["added"])
-    assert len(added) == 3 * len(facts["added"])
+    assert len(added) == 12 * len(facts["added"])
     grid = read_units(folder(out, "infer"))
     every = {*(r["policy"] for r in grid if r["policy"].startswith("random")), *facts["added"]}
     assert len(every) == len(facts["added"]) + 2 > 2
@@ -145,8 +145,9 @@ def test_rows_of_every_stage_are_in_the_results(done: tuple[Path, Path, StudySum
 
 
 def test_findings_are_judged_prompt_by_prompt(done: tuple[Path, Path, StudySummary]) -> None:
-    from kvtool.studies.reference import findings, sentence
+    from kvtool.studies.reference import findings
     from kvtool.studies.results import collect
+    from kvtool.studies.sayings import sentence
 
     path, out, _ = done
     study = read_study(path, "full")
@@ -155,7 +156,7 @@ def test_findings_are_judged_prompt_by_prompt(done: tuple[Path, Path, StudySumma
     records = read_units(folder(out, "infer"))
     a, b = (accuracy(records, f"{name}:budget=90%,window=8") for name in ("snapkv", "random"))
     assert first.difference is not None
-    assert first.difference.mean == pytest.approx(sum(x - y for x, y in zip(a, b, strict=True)) / 3)
+    assert first.difference.mean == pytest.approx(sum(x - y for x, y in zip(a, b, strict=True)) / 12)
     assert sentence(first).startswith(
         ("Holds here", "Not clear here", "Does not hold here")[["agrees", "not clear", "differs"].index(first.verdict)]
     )
@@ -175,7 +176,7 @@ def test_hiv_puts_the_captures_of_all_tasks_together() -> None:
 
 
 def test_cliffs_rest_on_one_real_run() -> None:
-    text = STUDY.replace("  - infer: {n: 3, tasks: [niah]}", "  - infer\n  - infer: {name: again, n: 3}")
+    text = STUDY.replace("  - infer: {n: 12, tasks: [niah]}", "  - infer\n  - infer: {name: again, n: 3}")
     cliffs = [node for node in build_graph(parse_study(text, "full")) if node.stage.kind == "cliffs"]
     assert sorted(node.inputs["infer"].stage.name for node in cliffs) == ["again", "again", "infer", "infer"]
     before, after = (graph(each) for each in (STUDY, STUDY.replace("points: 1", "points: 3")))
@@ -194,9 +195,9 @@ def test_compensation_asks_for_its_window() -> None:
         ("points: 1", "point: 1", "Did you mean 'points'"),
         ("points: 1", "points: 0", "points=0 must be 1 to 16"),
         ("max_length: 64", "max_length: 16", "max_length=16 is below length=32"),
-        ("infer: {n: 3, tasks: [niah]}", "infer: {generate: false}", "compares texts"),
+        ("infer: {n: 12, tasks: [niah]}", "infer: {generate: false}", "compares texts"),
         ("- gaps:", "- gasp:", "Did you mean 'gaps'"),
-        ("  - infer: {n: 3, tasks: [niah]}\n", "", "needs a stage 'infer'"),
+        ("  - infer: {n: 12, tasks: [niah]}\n", "", "needs a stage 'infer'"),
         ("worse: SnapKV, retention", "worse: SnapKW, retention", "Did you mean 'SnapKV'"),
         ("metric: accuracy, better: SnapKV", "metrc: accuracy, better: SnapKV", "Did you mean 'metric'"),
     ],
