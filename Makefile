@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= kvtool-demo
 
-.PHONY: demo install install-dev test test-gpu test-ray bench-gpu check train-tiny docs clean
+.PHONY: demo install install-dev test test-long test-gpu test-ray bench-gpu check train-tiny docs clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -24,8 +24,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Bytecode is kept even where the environment forbids it: the suite starts kvtool often. Files in the order of tests/conftest.py.
 test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Every policy decodes 2,000 tokens; the suite does that with one of each kind.
+test-long: install-dev
+	KVTOOL_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/infer/test_decode.py
 
 # On a machine with CUDA: the kernels against the float64 reference, then the demonstration on the device.
 test-gpu: install-dev

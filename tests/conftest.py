@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,41 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "opt", "gpt_neox")
+
+#: Files of half a minute and more, longest first: begun last, one of them would keep one process busy while the others wait.
+LONGEST = (
+    "infer/test_decode.py",
+    "test_stages_agree.py",
+    "studies/test_run.py",
+    "infer/test_cache.py",
+    "test_cli.py",
+    "test_docs.py",
+    "studies/test_looks.py",
+    "simulate/test_attribution_runner.py",
+    "simulate/test_search.py",
+    "infer/test_perplexity.py",
+    "infer/test_stress.py",
+    "capture/test_memory.py",
+    "executors/test_shards.py",
+    "simulate/test_kill.py",
+    "capture/test_resume.py",
+    "test_demo.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first; without a device keep one case of each test for it, which says that it was skipped."""
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+    on_device = [item for item in items if item.get_closest_marker("gpu")]
+    if on_device:
+        import torch
+
+        if not torch.cuda.is_available():
+            first = {item.nodeid.partition("[")[0]: item for item in reversed(on_device)}
+            others = {item.nodeid for item in on_device} - {item.nodeid for item in first.values()}
+            config.hook.pytest_deselected(items=[item for item in items if item.nodeid in others])
+            items[:] = [item for item in items if item.nodeid not in others]
 
 
 def build_random_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -37,6 +73,14 @@ def build_random_model(architecture: str, *, seed: int = 0, **changes: Any) -> A
     }[architecture]()
     config.initializer_range = 0.3
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_lives_is_no_garbage() -> None:
+    """Runs collect garbage after every prompt, and would look through all that torch, transformers and pytest hold each time:
+    a third of a second, more than most prompts of these tests take."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

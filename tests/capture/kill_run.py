@@ -6,11 +6,14 @@ Prints JSON: how often a child died at a chosen step, and at a random moment.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +65,26 @@ def outcome(pid: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
+def import_what_a_capture_imports() -> None:
+    """Import here what a capture imports on first use, so that not every child does so; a capture here would start threads."""
+    out, into = os.pipe()
+
+    def report() -> None:
+        known = set(sys.modules)
+        with tempfile.TemporaryDirectory() as folder:
+            capture(Path(folder) / "warm.h5")
+        os.write(into, "\n".join(sorted(set(sys.modules) - known)).encode())
+
+    pid = child(report)
+    os.close(into)
+    with os.fdopen(out) as file:
+        names = file.read().split()
+    assert outcome(pid) == 0
+    for name in names:
+        with contextlib.suppress(ImportError):  # some are attributes of a package, not modules
+            importlib.import_module(name)
+
+
 def kill_everywhere(folder: Path) -> int:
     """For every n: one run dies at its n-th call, the next one finishes. Returns the deaths."""
     for number in range(1, 1000):
@@ -102,6 +125,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     main_folder = Path(sys.argv[1])
     LOADED, SAMPLES = toy.build_loaded("llama"), toy.make_samples(N_SAMPLES)
+    import_what_a_capture_imports()
     started = time.perf_counter()
     finish(main_folder / "undisturbed.h5")
     took = time.perf_counter() - started

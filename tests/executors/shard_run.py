@@ -6,11 +6,14 @@ process reported, or the signal that ended it.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import kvtool.capture.store as store
 import kvtool.infer.runner as runner
 from kvtool.executors.execution import LOCAL, Execution, Shard
 
-Work = Callable[[], dict[str, int]]
+Work = Callable[[], Any]
 
 
 def start(work: Work) -> tuple[int, int]:
@@ -51,6 +54,21 @@ def outcome(child: tuple[int, int]) -> Any:
 def do(*works: Work) -> list[Any]:
     """Run in children at the same time; return their answers."""
     return [outcome(child) for child in [start(work) for work in works]]
+
+
+def import_what_a_run_imports() -> None:
+    """Import here what runs and captures import on first use, so that not every child does so; a capture here would start threads."""
+
+    def names() -> list[str]:
+        known = set(sys.modules)
+        with tempfile.TemporaryDirectory() as folder:
+            infer(Path(folder) / "run")()
+            capture(Path(folder) / "c.h5")()
+        return sorted(set(sys.modules) - known)
+
+    for name in do(names)[0]:
+        with contextlib.suppress(ImportError):  # some are attributes of a package, not modules
+            importlib.import_module(name)
 
 
 def share(text: str | None) -> Execution:
@@ -118,6 +136,7 @@ def scenarios(make: Callable[..., Work], name: Callable[[str], Path], parts: Cal
 if __name__ == "__main__":
     torch.set_num_threads(1)
     LOADED, main_folder = toy.load(Path(sys.argv[1])), Path(sys.argv[2])
+    import_what_a_run_imports()
     print(
         json.dumps(
             {

@@ -1,7 +1,8 @@
 """Script of the kill test: simulations in forked children that are killed with SIGKILL, then finished.
 
-It runs in its own process that never started a thread, so that forking is safe. Arguments: folder of the root conftest, output
-folder. Prints JSON: how often a child died at a chosen step, and at a random moment.
+It runs in its own process, in which no thread works while it forks: those of autograd, started by the capture, wait.
+Arguments: folder of the root conftest, output folder. Prints JSON: how often a child died at a chosen step, and at a random
+moment.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from kvtool import models
+from kvtool import models, pictures
 from kvtool.capture.runner import CaptureConfig, run_capture
 from kvtool.data.tasks import load_task
 from kvtool.models import LoadedModel
@@ -117,8 +118,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     main_folder = Path(sys.argv[2])
     CAPTURE = main_folder / "c.h5"
+    # All formats of a figure are written by the same call: one of them stands for the others, and saves most of the time.
+    pictures.FORMATS = {"png": pictures.FORMATS["png"]}
     LOADED = prepare(Path(sys.argv[1]), CAPTURE)
-    finish(main_folder / "warm")
+    # Once in this process: what is imported on first use is then there in every child.
+    simulate(main_folder / "warm")
     started = time.perf_counter()
     finish(main_folder / "undisturbed")
     took = time.perf_counter() - started

@@ -62,6 +62,8 @@ if __name__ == "__main__":
     matplotlib.use("Agg")
     torch.set_num_threads(1)
     folder = Path(sys.argv[2])
+    # Once in this process: what is imported on first use is then there in every child.
+    search(folder / "warm")
     assert run(folder / "undisturbed") == 0
     deaths = 0
     for step in STEPS:

@@ -12,7 +12,7 @@ import pytest
 
 from kvtool.files import read_records
 
-NAMES = ("ranking.jsonl", "shortlist.yaml", "run.json", "predictions.jsonl", "refined.jsonl", "ranking.png")
+NAMES = ("ranking.jsonl", "shortlist.yaml", "run.json", "predictions.jsonl", "refined.jsonl", "ranking.png", "ranking.csv")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_killed_between_any_two_steps_that_touch_the_disk(kill_run: tuple[Path, dict[str, int]]) -> None:
     folder, deaths = kill_run
-    # run.json, two samples predicted and refined, three results: 4 atomic files of two steps, 4 records of one.
-    assert deaths["everywhere"] == 4 * 2 + 4
+    # run.json, two samples predicted and refined, four results: 5 atomic files of two steps, 4 records of one.
+    assert deaths["everywhere"] == 5 * 2 + 4
     whole = content(folder / "undisturbed")
     found = sorted(folder.glob("step*"))
     assert len(found) == deaths["everywhere"] + 1

@@ -76,19 +76,18 @@ def whole_pass(loaded: LoadedModel, sample: Any) -> list[Layer]:
     ]
 
 
-def literal_change(layer: Layer, q: int, i: int, entries: list[tuple[Tensor, Tensor, float]], own: range) -> float:
-    """First-order margin change of one head and token when the prompt is `entries` (key, value, factor of the mass)."""
+def literal_change(layer: Layer, q: int, i: int, entries: tuple[Tensor, Tensor, Tensor], own: range) -> float:
+    """First-order margin change of one head and token when the prompt is `entries` (keys, values, factors of the mass)."""
     h = q // (layer.queries.shape[0] // layer.keys.shape[0])
-    seq_len, query = own.start, layer.queries[q, i]
+    query, keys, values = layer.queries[q, i], layer.keys[h], layer.values[h]
 
-    def output(parts: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-        every = [*parts, *((layer.keys[h, j], layer.values[h, j], 1.0) for j in own)]
-        logits = torch.stack([k for k, _, _ in every]) @ query * layer.scaling
-        weights = logits.exp() * torch.tensor([f for _, _, f in every], dtype=torch.float64)
-        return (weights[:, None] * torch.stack([v for _, v, _ in every])).sum(0) / weights.sum()
+    def output(prompt_keys: Tensor, prompt_values: Tensor, factors: Tensor) -> Tensor:
+        logits = torch.cat([prompt_keys, keys[own.start : own.stop]]) @ query * layer.scaling
+        weights = logits.exp() * torch.cat([factors, torch.ones(len(own), dtype=torch.float64)])
+        return weights @ torch.cat([prompt_values, values[own.start : own.stop]]) / weights.sum()
 
-    full = output([(layer.keys[h, j], layer.values[h, j], 1.0) for j in range(seq_len)])
-    return float(layer.gradient[q, i] @ (output(entries) - full))
+    full = output(keys[: own.start], values[: own.start], torch.ones(own.start, dtype=torch.float64))
+    return float(layer.gradient[q, i] @ (output(*entries) - full))
 
 
 def literal_harm(layers: list[Layer], sample: Any, policy: Policy) -> tuple[float, float]:
@@ -109,9 +108,11 @@ def literal_harm(layers: list[Layer], sample: Any, policy: Policy) -> tuple[floa
                     w = observed[h, block] / observed[h, block].sum()
                 factor = {"none": 1.0, "count": len(block), "entropy": float((-(w * w.log())).sum().exp())}[c.chosen_bias]
                 entries.append((w @ layer.keys[h, block], w @ layer.values[h, block], factor))
+            keys, values, factors = zip(*entries, strict=True)
+            prompt = torch.stack(keys), torch.stack(values), torch.tensor(factors, dtype=torch.float64)
             for q in range(h * group, (h + 1) * group):
                 for i in range(seq_len, n_all):
-                    delta = literal_change(layer, q, i, entries, range(seq_len, i + 1))
+                    delta = literal_change(layer, q, i, prompt, range(seq_len, i + 1))
                     change += delta
                     harm -= min(0.0, delta)
     return harm, change

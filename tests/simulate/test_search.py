@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
@@ -89,6 +90,15 @@ def test_the_result_is_a_shortlist(grid: SearchSummary) -> None:
     assert value["by"] == grid.by
     assert f"{grid.by}, searched" in grid.text()
     assert (grid.folder / "search.png").stat().st_size > 5000
+    drawn = list(csv.DictReader((grid.folder / "search.csv").read_text().splitlines()))
+    trials = [line for line in drawn if line["panel"] == "trials" and line["what"] == drawn[0]["what"]]
+    assert len(trials) == grid.n_trials
+    best = [float(line["best_so_far"]) for line in trials if line["best_so_far"]]
+    assert best == sorted(best, reverse=True)
+    assert best[-1] == min(float(line["value"]) for line in trials if line["value"])
+    chosen = list(csv.DictReader((grid.folder / "choices.csv").read_text().splitlines()))
+    assert [line["policy"] for line in chosen] == [verdict.policy for verdict in grid.verdicts]
+    assert all((grid.folder / f"choices.{ending}").stat().st_size for ending in ("md", "tex"))
     assert all(v.policy in grid.text() and v.verdict in grid.text() for v in grid.verdicts)
 
 
