@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from kvtool.errors import DataError
 from kvtool.files import write_json
-from kvtool.residuals import Residuals, Setting, carried_over
+from kvtool.residuals import EVIDENCE, Residuals, Setting, carried_over, identified
 
 SCHEMA = "kvtool.calibration/1"
 Float = NDArray[np.float64]
@@ -38,11 +38,29 @@ HOW = "make one with kvtool analyze calibrate"
 
 
 class Where(NamedTuple):
-    """Runs that a prediction is for: fingerprint of the model, query mode, and prompt length that was asked for."""
+    """Runs that a prediction is for.
+
+    Attributes
+    ----------
+    model : str
+        Fingerprint.
+    compress_at : str
+    task : str
+    length : float
+        Mean tokens of the prompts.
+    files : mapping of str to str
+        Path -> hash of the files that policies name.
+    """
 
     model: str
     compress_at: str
-    length: int | None
+    task: str
+    length: float
+    files: Mapping[str, str]
+
+    def setting(self, named: bool) -> Setting:
+        """Return where errors are carried over to; `named`: prompts name their evidence."""
+        return Setting(self.model, self.compress_at, EVIDENCE if named else self.task, self.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +116,10 @@ class Calibration:
 
     def predict_policies(
         self, figures: Mapping[str, Float], where: Where, methods: Sequence[str], shares: Sequence[float]
-    ) -> Float:
-        """Return the curve's predictions with what confirmed runs of the same policies add, shape (N, S).
+    ) -> tuple[Float, NDArray[np.bool_]]:
+        """Return the curve's predictions with what confirmed runs of the same policies add.
+
+        Policies with the same figures and share are one: what was confirmed of one of them holds for all.
 
         Parameters
         ----------
@@ -113,16 +133,27 @@ class Calibration:
 
         Returns
         -------
-        ndarray
-            Not cut to 0 ... 1: that would make equals of policies that the figures tell apart.
+        (ndarray of shape (N, S), ndarray of bool of shape (N,))
+            Not cut to 0 ... 1: that would make equals of policies that confirmed runs tell apart. Second: an error of its own was
+            carried over.
 
         Raises
         ------
         DataError
             See `predict`.
         """
-        setting = Setting(where.model, where.compress_at, "evidence" in figures, where.length)
-        return self.predict(figures) + carried_over(self.residuals, setting, methods, shares)[:, None]
+        curve_values = self.predict(figures)
+        setting = where.setting("evidence" in figures)
+        added, confirmed = carried_over(self.residuals, setting, identified(methods, where.files), shares)
+        twins: dict[tuple[Any, ...], list[int]] = {}
+        for index, (row, share) in enumerate(zip(curve_values, shares, strict=True)):
+            # Sums of the same entries in another order differ in the last digits.
+            twins.setdefault((f"{share:.9g}", *(f"{value:.9g}" for value in row)), []).append(index)
+        for group in twins.values():
+            own = [index for index in group if confirmed[index]]
+            if own:
+                added[group], confirmed[group] = added[own].mean(), True
+        return curve_values + added[:, None], confirmed
 
     def interval(self, predicted: float) -> tuple[float, float]:
         """Return the interval of a configuration's mean, cut to 0 ... 1."""
@@ -202,13 +233,14 @@ def read_calibration(path: str | Path) -> Calibration:
         found = Calibration(
             **{**value, **lists, **known, "features": tuple(value["features"]), "sources": tuple(value["sources"])}
         )
-        numbers = [*found.mean, *found.scale, *found.weights, found.intercept, found.half_width, found.gap_width]
+        numbers = [*found.mean, *found.scale, *found.weights, found.intercept, found.half_width, found.gap_width, found.level]
         fits = {len(found.features), len(found.mean), len(found.scale), len(found.weights)}
         if (
             len(fits) != 1
             or not np.isfinite(numbers).all()
             or min(found.scale) <= 0
             or min(found.half_width, found.gap_width) < 0
+            or not 0 < found.level <= 1
         ):
             raise ValueError("its numbers do not fit together")
     except (KeyError, TypeError, ValueError) as error:

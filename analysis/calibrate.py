@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from kvtool.analysis.cells import where_of
 from kvtool.analysis.controls import check_decoding
 from kvtool.analysis.load import Float, Reality, Simulation, check_belongs, load_reality, load_simulation
-from kvtool.calibration import FEATURES, Calibration, curve, transform, with_evidence, write_calibration
+from kvtool.analysis.statistics import tau_b
+from kvtool.calibration import FEATURES, Calibration, curve, risk, transform, with_evidence, write_calibration
 from kvtool.errors import ConfigError, DataError
-from kvtool.residuals import Residuals, Setting, carried_over
+from kvtool.residuals import Residuals, Setting, carried_over, identified
 
 LEVEL = 0.9
 #: folds over prompts where there is only one pair of folders
@@ -42,6 +44,8 @@ class Confirmed:
         Kept share of the prompt.
     source : dict
         What the pair is.
+    setting : Setting
+        Where its errors are carried over to.
     """
 
     figures: dict[str, Float]
@@ -50,12 +54,7 @@ class Confirmed:
     methods: tuple[str, ...]
     shares: tuple[float, ...]
     source: dict[str, Any]
-
-    @property
-    def setting(self) -> Setting:
-        """Where errors are carried over to."""
-        named = bool(self.figures["named"].any())
-        return Setting(str(self.source["model"]), str(self.source["compress_at"]), named, self.source["length"])
+    setting: Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,10 @@ def confirmed(simulation: Simulation, reality: Reality) -> Confirmed:
     source = {"model": simulation.config["model"]["fingerprint"], **{k: simulation.config.get(s) for s, k in keys.items()}}
     source |= {"prompt_seed": simulation.config.get("prompt_seed"), "prompts": len(columns), "configurations": len(real)}
     known = with_evidence({k: np.asarray(v, dtype=np.float64) for k, v in figures.items()})
-    return Confirmed(known, np.asarray(real), tuple(budgets), tuple(methods), tuple(shares), source)
+    where = where_of(simulation, reality)
+    setting = where.setting("evidence" in figures)
+    methods = identified(methods, where.files)
+    return Confirmed(known, np.asarray(real), tuple(budgets), tuple(methods), tuple(shares), source, setting)
 
 
 def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibration:
@@ -124,6 +126,11 @@ def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibra
     is one pair only (leaving out in turn as in the jackknife+, Barber et al. 2021). Errors of one pair are alike, so it is pairs, not
     configurations, that are exchangeable: the next pair counts as one more with errors without bound (pooled distributions of
     groups, Dunn, Wasserman and Ramdas 2022). With G pairs that promises G / (G + 1) at most, by the largest error there was.
+
+    Raises
+    ------
+    DataError
+        The runs do not show what compression costs: every configuration does the same, or better where more was lost.
     """
     if len(pairs) > 1:
         splits = [([p for k, p in enumerate(pairs) if k != i], pair) for i, pair in enumerate(pairs)]
@@ -131,8 +138,11 @@ def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibra
         fold = np.arange(pairs[0].real.shape[1]) % FOLDS
         splits = [([_part(pairs[0], fold != k)], _part(pairs[0], fold == k)) for k in np.unique(fold)]
     errors = [_errors(_predict(_fit(seen), seen, unseen), unseen) for seen, unseen in splits]
-    found, gaps = ([each[k] for each in errors] for k in (0, 1))
+    found = [each[0] for each in errors]
+    gaps = [each[1] for each in errors if len(each[1])]
     fit = _fit(pairs)
+    _refuse_without_order(fit, pairs)
+    half_width = _conformal(found, level, len(pairs))
     return Calibration(
         features=FEATURES,
         mean=tuple(fit.mean.tolist()),
@@ -140,13 +150,30 @@ def fit_calibration(pairs: Sequence[Confirmed], level: float = LEVEL) -> Calibra
         weights=tuple(fit.weights.tolist()),
         intercept=fit.intercept,
         level=min(level, len(pairs) / (len(pairs) + 1)) if len(pairs) > 1 else level,
-        half_width=_conformal(found, level, len(pairs)),
-        gap_width=_conformal(gaps, level, len(pairs)),
+        half_width=half_width,
+        # Where no budget has two policies, a difference errs by twice what a mean errs at most.
+        gap_width=_conformal(gaps, level, len(pairs)) if gaps else 2 * half_width,
         held_out="pair" if len(pairs) > 1 else "prompts",
         n_errors=sum(map(len, found)),
         sources=tuple(pair.source for pair in pairs),
         residuals=tuple(_residuals(fit, pair) for pair in pairs),
     )
+
+
+def _refuse_without_order(fit: _Fit, pairs: Sequence[Confirmed]) -> None:
+    """Refuse runs that say nothing of compression, e.g. of a task that the model cannot do with its full cache either."""
+    means = [pair.real.mean(1) for pair in pairs]
+    if max(float(np.ptp(mean)) for mean in means) == 0:
+        shown = ", ".join(dict.fromkeys(f"{mean[0]:.2f}" for mean in means))
+        raise DataError(
+            f"every configuration has the same real accuracy ({shown}): there is nothing to calibrate on; confirm other budgets or tasks"
+        )
+    tau = np.mean([tau_b(fit.predict(p.figures).mean(1)[:, None], -risk(p.figures).mean(1)[:, None])[0] for p in pairs])
+    if not tau > 0:
+        raise DataError(
+            "in these runs answers are as good or better where more risk was predicted, so a calibration would turn the ranking "
+            "around; can the model do the task with its full cache (row full of kvtool infer)? Confirm other tasks or budgets"
+        )
 
 
 def _residuals(fit: _Fit, pair: Confirmed) -> Residuals:
@@ -157,18 +184,19 @@ def _residuals(fit: _Fit, pair: Confirmed) -> Residuals:
 def _predict(fit: _Fit, seen: Sequence[Confirmed], unseen: Confirmed) -> Float:
     """Return the means of a pair, shape (N,), from a fit and the errors of the pairs that it saw."""
     known = [_residuals(fit, pair) for pair in seen]
-    added = carried_over(known, unseen.setting, unseen.methods, unseen.shares)
+    added, _ = carried_over(known, unseen.setting, unseen.methods, unseen.shares)
     return np.asarray(fit.predict(unseen.figures).mean(1) + added, dtype=np.float64)
 
 
 def _errors(predicted: Float, pair: Confirmed) -> tuple[Float, Float]:
-    """Return the errors of the N means, and of their differences from the predicted best of their budget."""
+    """Return the errors of the N means, and of the others' differences from the predicted best of their budget."""
     error = predicted - pair.real.mean(1)
-    gaps = np.empty_like(error)
-    for budget in set(pair.budgets):
+    gaps = []
+    for budget in dict.fromkeys(pair.budgets):
         members = np.flatnonzero(np.asarray(pair.budgets) == budget)
-        gaps[members] = error[members] - error[members[predicted[members].argmax()]]
-    return np.abs(error), np.abs(gaps)
+        best = members[predicted[members].argmax()]
+        gaps.append(error[members[members != best]] - error[best])
+    return np.abs(error), np.abs(np.concatenate(gaps))
 
 
 def _conformal(errors: Sequence[Float], level: float, n_pairs: int) -> float:

@@ -151,7 +151,7 @@ def build_cells(
                     length=reality.config.get("length"),
                     budget=budget,
                     policies=policies,
-                    predicted=_predicted(rows, reality, calibration),
+                    predicted=_predicted(rows, simulation, reality, calibration),
                     real=real,
                     paired=_same_prompts(simulation, reality),
                     pair=pair,
@@ -189,16 +189,24 @@ def _real(reality: Reality, policy: str, name: str) -> Float:
     return TRUTHS[name] * values
 
 
-def _predicted(rows: list[dict[str, Any]], reality: Reality, calibration: Calibration | None) -> dict[str, Float]:
+def where_of(simulation: Simulation, reality: Reality) -> Where:
+    """Return what a pair of folders is of, for a calibration."""
+    config = reality.config
+    files = simulation.config.get("heads") or {}
+    return Where(str(config["fingerprint"]), str(config["compress_at"]), str(config["task"]), reality.mean_length, files)
+
+
+def _predicted(
+    rows: list[dict[str, Any]], simulation: Simulation, reality: Reality, calibration: Calibration | None
+) -> dict[str, Float]:
     """Return what is predicted per sample, larger is better, shape (N, S) each."""
     names = [name for name in PREDICTORS if all(name in row["per_sample"] for row in rows)]
     figures = {name: np.asarray([row["per_sample"][name] for row in rows], dtype=np.float64) for name in names}
     figures["retention"] = np.asarray([[row["retention"]] * figures["harm"].shape[1] for row in rows])
     if calibration is not None:
-        config = reality.config
-        where = Where(str(config.get("fingerprint")), str(config.get("compress_at")), config.get("length"))
         shares = [row["retention"] for row in rows]
-        figures["calibrated"] = calibration.predict_policies(figures, where, [row["method"] for row in rows], shares)
+        methods = [row["method"] for row in rows]
+        figures["calibrated"] = calibration.predict_policies(figures, where_of(simulation, reality), methods, shares)[0]
     if all(row.get("refined") for row in rows):
         for name in ("nll", "accuracy"):
             figures[f"refined_{name}"] = np.asarray([row["refined"]["per_sample"][name] for row in rows], dtype=np.float64)

@@ -72,6 +72,13 @@ class Reality:
         """Policies, in order of appearance."""
         return list(self._by_policy)
 
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of the prompts; what was asked for where records do not say it."""
+        lengths = {record["sample"]: record.get("seq_len") for record in self.records}
+        known = [length for length in lengths.values() if length]
+        return float(np.mean(known)) if known else float(self.config["length"])
+
     def of(self, policy: str) -> list[dict[str, Any]]:
         """Return the records of one policy, in the order of `samples`; empty for a policy that was not run."""
         return list(self._by_policy.get(policy, {}).values())

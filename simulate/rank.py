@@ -48,7 +48,9 @@ class Row:
     margin_change, recall, layer_harm, head_harm, missing, evidence : float or None
         Means over samples, see `kvtool.simulate.curves.Curves`.
     predicted, predicted_low, predicted_high : float or None
-        Answer accuracy that a calibration predicts, with its interval.
+        Answer accuracy that a calibration predicts, with its interval; cut to 0 ... 1, with a note.
+    confirmed : bool
+        The calibration carried over what confirmed runs showed of this very policy.
     per_sample : dict of str to list of float
     kv_bytes_fp16 : int
         Planned bytes of the compressible layers at two bytes a number, mean over samples.
@@ -96,6 +98,7 @@ class Row:
     refined: dict[str, Any] | None = None
     yardstick: bool = False
     note: str | None = None
+    confirmed: bool = False
 
     @property
     def loss(self) -> list[float]:
@@ -212,8 +215,12 @@ def _calibrate(rows: Sequence[Row], calibration: Calibration, where: Where) -> N
     names = [name for name in KEPT if all(name in row.per_sample for row in rows)]
     figures = {name: np.asarray([row.per_sample[name] for row in rows], dtype=np.float64) for name in names}
     shares = [row.retention for row in rows]
-    predicted = calibration.predict_policies(figures, where, [row.method for row in rows], shares)
-    for row, values in zip(rows, predicted, strict=True):
-        row.predicted = min(max(float(values.mean()), 0.0), 1.0)
+    predicted, confirmed = calibration.predict_policies(figures, where, [row.method for row in rows], shares)
+    for row, values, own in zip(rows, predicted, confirmed.tolist(), strict=True):
+        mean = float(values.mean())
+        row.predicted, row.confirmed = min(max(mean, 0.0), 1.0), own
+        if row.predicted != mean:
+            beyond = f"predicted accuracy {mean:.2f} is shown as {row.predicted:.0f}, and ranked as it is"
+            row.note = beyond if row.note is None else f"{row.note}; {beyond}"
         row.predicted_low, row.predicted_high = calibration.interval(row.predicted)
         row.per_sample["predicted"] = values.tolist()

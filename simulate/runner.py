@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtool.calibration import Where, read_calibration
+from kvtool.calibration import Calibration, Where, read_calibration
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, config_hash, open_run, read_records, write_text
 from kvtool.policies import Policy, expand_policies, refuse_impossible
@@ -85,6 +85,8 @@ class SimulateSummary:
     rows : tuple of Row
     n_cut : int
         Configurations that only the shortlist's cap left out.
+    calibrated : str
+        What the calibration knows of these configurations; empty without one.
     """
 
     folder: Path
@@ -95,6 +97,7 @@ class SimulateSummary:
     n_refined: int
     rows: tuple[Row, ...]
     n_cut: int = 0
+    calibrated: str = ""
 
     def text(self) -> str:
         """Return the table that the command prints: the best configurations of each budget."""
@@ -138,10 +141,11 @@ class SimulateSummary:
         note = f"{self.n_configurations} configurations on {self.n_samples} prompts; {self.n_shortlisted} shortlisted (*)"
         note += f", {self.n_cut} as close left out by the cap" if self.n_cut else ""
         note += f"; {self.n_impossible} impossible" if self.n_impossible else ""
+        said = [self.calibrated] if self.calibrated else []
         among = f" ({hidden} of them shortlisted)" if hidden else ""
         note += f"; {len(self.rows) - len(lines)} more{among} in ranking.jsonl" if len(lines) < len(self.rows) else ""
         files = [str(self.folder / name) for name in ("ranking.jsonl", "shortlist.yaml", "ranking.png")]
-        return "\n".join([table, "", note, *(f"({number}) {text}" for text, number in remarks.items()), *files])
+        return "\n".join([table, "", note, *said, *(f"({number}) {text}" for text, number in remarks.items()), *files])
 
 
 def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | None = None) -> SimulateSummary:
@@ -184,7 +188,7 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
         predictions = _predict(capture, policies, folder / "predictions.jsonl", config.jobs)
         weights = resample_weights(len(capture.samples), config.draws, config.seed)
         n_compressible = [sum(s.compressible) for s in capture.samples]
-        where = Where(capture.model.fingerprint, capture.samples[0].compress_at, capture.config.get("length"))
+        where = _where(capture, identity)
         rows = rank_rows(policies, predictions, capture.model, n_compressible, weights, calibration, where)
         shortlist = make_shortlist(rows, weights, config.shortlist_cap, calibration.gap_width if calibration else 0.0)
         n_refined = _refine(config, capture, loaded, rows, folder / "refined.jsonl") if loaded is not None else 0
@@ -194,9 +198,29 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
     plot_ranking(rows, folder / "ranking.png", title)
     n_impossible = sum(row.status == "impossible" for row in rows)
     n_cut = sum(map(len, shortlist.cut.values()))
+    said = _said_of(calibration, where, rows) if calibration is not None else ""
     return SimulateSummary(
-        folder, len(predictions), len(rows), n_impossible, len(shortlist.entries), n_refined, tuple(rows), n_cut
+        folder, len(predictions), len(rows), n_impossible, len(shortlist.entries), n_refined, tuple(rows), n_cut, said
     )
+
+
+def _where(capture: Capture, identity: dict[str, Any]) -> Where:
+    """Return what the samples are of, for a calibration."""
+    length = sum(sample.seq_len for sample in capture.samples) / len(capture.samples)
+    task = str(capture.config.get("task"))
+    return Where(capture.model.fingerprint, capture.samples[0].compress_at, task, length, identity.get("heads", {}))
+
+
+def _said_of(calibration: Calibration, where: Where, rows: Sequence[Row]) -> str:
+    """Return what a calibration knows of these rows, in a line."""
+    able = [row for row in rows if row.status == "ok"]
+    known, own = len(able), sum(row.confirmed for row in able)
+    here = {source.get("model") for source in calibration.sources}
+    if where.model not in here:
+        return "accuracy: by the calibration's curve alone, which was fitted on runs of another model"
+    if own:
+        return f"accuracy: errors of confirmed runs carried over for {own} of {known} configurations, the others by the curve and its level"
+    return "accuracy: by the calibration's curve; no confirmed run has these policies in this query mode, kind and length of prompts"
 
 
 def run_identity(config: SimulateConfig, capture: Capture, policies: Sequence[Policy]) -> dict[str, Any]:

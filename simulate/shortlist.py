@@ -122,7 +122,7 @@ def _represented(rows: Sequence[Row]) -> dict[str, list[str]]:
     for row in rows:
         policy = Policy.parse(row.policy)
         # Sums of the same entries in another order differ in the last digits.
-        figures = tuple(float(f"{value:.9g}") for values in row.per_sample.values() for value in values)
+        figures = tuple(float(f"{v:.9g}") for name, values in row.per_sample.items() if name != "predicted" for v in values)
         options = (policy.compensation, policy.when, policy.quant)
         key = row.policy if _is_control(row) else (options, f"{row.entries:.6g}", figures)
         groups.setdefault((key,), []).append(row.policy)

@@ -16,6 +16,7 @@ from kvtool.analysis.load import load_simulation
 from kvtool.calibration import FEATURES, Where, read_calibration, risk, with_evidence, write_calibration
 from kvtool.errors import ConfigError, DataError
 from kvtool.files import append_records, open_run
+from kvtool.residuals import EVIDENCE, Setting
 
 N, S, TOKENS = 16, 30, 6
 
@@ -31,7 +32,8 @@ def pair(seed: int, shift: float = 0.0) -> Confirmed:
         tuple(f"p{seed}-{i}" for i in range(N)),
         {"model": "m", "compress_at": "prompt", "length": 512, "task": f"t{seed}"},
     )
-    return Confirmed(with_evidence(figures), real, ("5%", "10%") * (N // 2), methods, (0.05, 0.1) * (N // 2), source)
+    setting = Setting("m", "prompt", EVIDENCE, 512.0)
+    return Confirmed(with_evidence(figures), real, ("5%", "10%") * (N // 2), methods, (0.05, 0.1) * (N // 2), source, setting)
 
 
 def truth(figures: dict[str, np.ndarray], shift: float = 0.0) -> np.ndarray:
@@ -57,7 +59,8 @@ def test_texts_and_needles_share_one_curve() -> None:
     for each in texts:
         each.figures["evidence"][:] = 0.0
         each.real[:] = np.random.default_rng(5).binomial(TOKENS, truth(each.figures, 1.0)) / TOKENS
-    nameless = [replace(t, figures=with_evidence({"harm": t.figures["harm"]})) for t in texts]
+    kind = replace(texts[0].setting, kind="text")
+    nameless = [replace(t, figures=with_evidence({"harm": t.figures["harm"]}), setting=kind) for t in texts]
     found = fit_calibration([*(pair(seed) for seed in range(8)), *nameless])
     slopes = dict(zip(found.features, np.asarray(found.weights) / np.asarray(found.scale), strict=True))
     assert slopes["named"] == pytest.approx(-1.0, abs=0.25)
@@ -126,6 +129,8 @@ def test_a_file_gives_the_same_figures_back(tmp_path: Path) -> None:
         ({"half_width": None}, "damaged"),
         ({"gap_width": -0.1}, "do not fit together"),
         ({"surprise": 1}, "damaged"),
+        ({"level": "high"}, "damaged"),
+        ({"level": 1.5}, "do not fit together"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -162,7 +167,14 @@ def folders(root: Path, seed: int, prompt_seed: int = 0) -> tuple[Path, Path]:
     append_records(
         root / "run/records.jsonl",
         [
-            {"sample": s, "policy": p, "status": "ok", "degenerate": False, "answer_accuracy": float(data.real[i, j])}
+            {
+                "sample": s,
+                "policy": p,
+                "status": "ok",
+                "degenerate": False,
+                "seq_len": 100,
+                "answer_accuracy": float(data.real[i, j]),
+            }
             for j, s in enumerate(samples)
             for i, p in enumerate(policies)
         ],
@@ -211,13 +223,13 @@ def habits(seed: int, own: np.ndarray, compress_at: str = "prompt", model: str =
     made = pair(seed)
     index = 2.0 - 2.0 * np.log1p(made.figures["harm"]) - made.figures["evidence"] + own[:, None]
     real = np.random.default_rng(seed).binomial(TOKENS, 1 / (1 + np.exp(-index))) / TOKENS
-    source = {"model": model, "compress_at": compress_at, "length": length, "task": f"t{seed}"}
-    return replace(made, real=real, methods=tuple(f"p{i}" for i in range(N)), source=source)
+    setting = Setting(model, compress_at, EVIDENCE, float(length))
+    return replace(made, real=real, methods=tuple(f"p{i}" for i in range(N)), setting=setting)
 
 
 def predict(found: Any, judged: Confirmed) -> np.ndarray:
-    where = Where(judged.source["model"], judged.source["compress_at"], judged.source["length"])
-    return np.asarray(found.predict_policies(judged.figures, where, judged.methods, judged.shares)).mean(1)
+    where = Where(judged.setting.model, judged.setting.compress_at, "text", judged.setting.length, {})
+    return np.asarray(found.predict_policies(judged.figures, where, judged.methods, judged.shares)[0]).mean(1)
 
 
 def test_what_policies_do_beyond_their_figures_is_carried_over() -> None:
@@ -247,3 +259,33 @@ def test_files_of_before_have_no_errors_to_carry_over(tmp_path: Path) -> None:
     del value["residuals"]
     path.write_text(json.dumps(value))
     assert read_calibration(path) == replace(made, residuals=())
+
+
+def test_policies_with_the_same_figures_are_one() -> None:
+    own = np.random.default_rng(7).normal(0, 1.5, N)
+    found, judged = fit_calibration([habits(seed, own) for seed in range(4)]), habits(50, own)
+    twice = {name: np.concatenate([values, values]) for name, values in judged.figures.items()}
+    methods = [*judged.methods, *(f"{name},quant=int8" for name in judged.methods)]
+    where = Where("m", "prompt", "niah", 512.0, {})
+    values, confirmed = found.predict_policies(twice, where, methods, [*judged.shares, *judged.shares])
+    assert values[:N] == pytest.approx(values[N:], abs=0)
+    assert confirmed.all()
+
+
+def test_runs_without_an_order_are_refused() -> None:
+    """A task that the model cannot do teaches nothing; one on which loss looks good would turn rankings around."""
+    same = [replace(pair(seed), real=np.zeros((N, S))) for seed in range(2)]
+    with pytest.raises(DataError, match=r"the same real accuracy \(0.00\)"):
+        fit_calibration(same)
+    turned = [replace(p, real=1 - p.real) for p in (pair(0), pair(1))]
+    with pytest.raises(DataError, match="turn the ranking around"):
+        fit_calibration(turned)
+
+
+def test_a_difference_from_itself_is_no_error() -> None:
+    """Policies with numbers of entries of their own are alone in their budgets: they say nothing of differences."""
+    alone = replace(pair(3), budgets=tuple(str(i) for i in range(N)))
+    found = fit_calibration([alone])
+    assert found.gap_width == pytest.approx(2 * found.half_width)
+    mixed = replace(alone, budgets=("5%", "5%", *alone.budgets[2:]))
+    assert 0 < fit_calibration([mixed]).gap_width < 1
