@@ -253,7 +253,7 @@ class CalibrateSummary:
         weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in zip(c.features, c.weights, strict=True))
         unseen = "pairs of folders" if c.held_out == "pair" else "prompts"
         return (
-            f"answer accuracy from {len(c.sources)} confirmed runs; weights per standard deviation: {weights}\n"
+            f"answer accuracy from {len(c.sources)} confirmed run{'s' * (len(c.sources) > 1)}; weights per standard deviation: {weights}\n"
             f"{100 * c.level:.0f} % intervals: ± {c.half_width:.3f}, of differences ± {c.gap_width:.3f} (errors of {c.n_errors} "
             f"configurations on {unseen} that the fit had not seen)\n"
             f"{self.path}"

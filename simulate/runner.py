@@ -218,8 +218,11 @@ def _said_of(calibration: Calibration, where: Where, rows: Sequence[Row]) -> str
     here = {source.get("model") for source in calibration.sources}
     if where.model not in here:
         return "accuracy: by the calibration's curve alone, which was fitted on runs of another model"
+    if own == known:
+        return f"accuracy: errors of confirmed runs carried over for all {known} configurations"
     if own:
-        return f"accuracy: errors of confirmed runs carried over for {own} of {known} configurations, the others by the curve and its level"
+        rest = "the others by the curve and its level"
+        return f"accuracy: errors of confirmed runs carried over for {own} of {known} configurations, {rest}"
     return "accuracy: by the calibration's curve; no confirmed run has these policies in this query mode, kind and length of prompts"
 
 
