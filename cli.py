@@ -166,7 +166,7 @@ def capture(
     type=click.Choice(["auto", "reasoning", "gain"]),
     help="What headkv and hace share budgets by: HeadKV's score (where prompts name their evidence) or gain.",
 )
-@out_option("heads.json", "JSON file to write.")
+@out_option("heads.json", "JSON file to write; from 8 prompts on NAME_reliability.png, .svg, .pdf and .csv lie beside it.")
 @json_option
 def classify(capture_file: Path, others: tuple[Path, ...], seed: int, importance: str, out: Path, as_json: bool) -> None:
     """Head kinds with a confidence that is checked on held-out prompts, and head importance, from a capture.

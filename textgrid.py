@@ -129,5 +129,5 @@ def _tex_line(cells: Sequence[str]) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """Return a number with `digits` decimals, or ``-`` where nothing was measured."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    """Return a number with `digits` decimals, or ``-`` where nothing was measured (None or NaN)."""
+    return "-" if value is None or value != value else f"{value:.{digits}f}"

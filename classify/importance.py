@@ -222,7 +222,8 @@ def write_heads(capture_path: str | Path, importance_path: Path, measure: str, o
         heads = json.loads((Path(folder) / "heads.json").read_text(encoding="utf-8"))
     if heads["model"]["fingerprint"] != value["model"]["fingerprint"]:
         raise DataError(
-            f"{importance_path} is of {value['model']['model_id']}, the capture is not; run kvtool analyze importance again"
+            f"{importance_path} is of {value['model']['model_id']} ({value['model']['fingerprint']}), the capture of "
+            f"{heads['model']['model_id']} ({heads['model']['fingerprint']}); run kvtool analyze importance again"
         )
     negative = 0
     for level in ("heads", "kv_heads"):

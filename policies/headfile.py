@@ -282,7 +282,8 @@ def _check_model(table: HeadTable, model: ModelShape) -> None:
     """Refuse a table of another model; published files name none, their shape has to do."""
     if table.fingerprint is not None and table.fingerprint != model.fingerprint:
         raise DataError(
-            f"heads file {table.path} is of {table.model_id}, not of {model.model_id}; classify a capture of this model"
+            f"heads file {table.path} is of {table.model_id} ({table.fingerprint}), not of {model.model_id} ({model.fingerprint}); "
+            "classify a capture of this model"
         )
     for scores, n_heads, what in ((table.scores, model.n_heads, "query"), (table.kv_scores, model.n_kv_heads, "KV")):
         for found in scores.values():

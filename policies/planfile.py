@@ -67,7 +67,8 @@ class Plan:
         """
         if self.model["fingerprint"] != fingerprint:
             raise DataError(
-                f"plan {self.path} is of {self.model['model_id']}, not of {model_id}; {HOW} from a capture of this model"
+                f"plan {self.path} is of {self.model['model_id']} ({self.model['fingerprint']}), not of {model_id} ({fingerprint}); "
+                f"{HOW} from a capture of this model"
             )
 
     def hulls(self, seq_len: int, minimum: int) -> list[Hull]:

@@ -38,7 +38,16 @@ Int = NDArray[np.int64]
 
 
 def guess_format(path: Path) -> str:
-    """Return the form of a foreign file by its name: a folder or ``.tsv`` is DuoAttention's, ``.npy`` and ``.npz`` LU-KV's."""
+    """Return the form of a foreign file by its name: a folder or ``.tsv`` is DuoAttention's, ``.npy`` and ``.npz`` LU-KV's.
+
+    Raises
+    ------
+    ConfigError
+        The name does not tell.
+    DataError
+        There is no such file.
+    """
+    _refuse_missing(path)
     if path.is_dir() or path.suffix == ".tsv":
         return "duo"
     found = {".npy": "lukv", ".npz": "lukv", ".json": "headkv"}.get(path.suffix)
@@ -70,8 +79,7 @@ def import_plan(path: Path, form: str, scorer: str, model: ModelShape | None, op
     DataError
         The file is missing, damaged or of another shape than the model.
     """
-    if not path.exists():
-        raise DataError(f"{path} not found; give a file of {', '.join(FORMATS)}")
+    _refuse_missing(path)
     try:
         table = _READERS[form](path, model, options)
         table.check()
@@ -94,6 +102,11 @@ def import_plan(path: Path, form: str, scorer: str, model: ModelShape | None, op
         facts = wanted
     source = {"from": form, "file": path.name}
     return make_plan(scorer or _default_scorer(form, table), range(table.shape[0]), table, facts, source, str(path))
+
+
+def _refuse_missing(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path} not found; give a file of {', '.join(FORMATS)}")
 
 
 def _default_scorer(form: str, table: Table) -> str:

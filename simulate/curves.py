@@ -60,7 +60,8 @@ class Curves:
     layer_harm : ndarray of shape (N,)
         Largest harm of one layer.
     recall : ndarray of shape (N,)
-        Mean share of the prompt's attention mass that is kept.
+        Mean share of the prompt's attention mass that is kept; NaN without probe tokens: an answer of one token is predicted by the
+        last token of the prompt, before anything is dropped.
     head_harm : ndarray of shape (N,)
         Largest harm of one KV head: one head that loses what only it reads can ruin the answer, however well the others do.
     missing : ndarray of shape (N,)
@@ -215,7 +216,7 @@ def curve_parts(table: ProbeTable, order: Int, counts: Int, added: Float | None 
     return CurveParts(
         negative=per_head.sum(axis=2),
         change=change.sum(axis=(2, 3)),
-        recall=share.mean(axis=(2, 3)),
+        recall=share.mean(axis=(2, 3)) if columns else np.full(share.shape[:2], np.nan),
         head=per_head.max(axis=2),
         missing=(np.maximum(1.0 - there, 0.0) * importance).sum(axis=(2, 3)),
         weight=importance.sum(axis=(1, 2)),

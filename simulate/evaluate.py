@@ -45,7 +45,8 @@ class Prediction:
     harm, margin_change, layer_harm, recall, head_harm, missing : float or None
         See `kvtool.simulate.curves.Curves`.
     evidence : float or None
-        Share of the attention to the evidence that is lost, weighted by importance; None where the prompt names no evidence.
+        Share of the attention to the evidence that is lost, weighted by importance; None where the prompt names no evidence. An answer of
+        one token loses none, as it has no harm: it is predicted before anything is dropped.
     degenerate : bool
         Nothing is left to choose.
     message : str or None
@@ -256,12 +257,14 @@ def _predict(sample: CapturedSample, views: Sequence[LayerView], groups: list[_G
     share = float(np.mean(floored))
     found: dict[int, Prediction] = {}
     for group in groups:
-        found |= _figures(sample.seq_len, group, share, attended)
+        found |= _figures(sample, group, share, attended)
     return found
 
 
-def _figures(seq_len: int, group: _Group, floored: float, attended: float) -> dict[int, Prediction]:
-    result, means, found = join_parts(group.parts), group.counts.mean(axis=(1, 2)), {}
+def _figures(sample: CapturedSample, group: _Group, floored: float, attended: float) -> dict[int, Prediction]:
+    result, means, found, seq_len = join_parts(group.parts), group.counts.mean(axis=(1, 2)), {}, sample.seq_len
+    # Without a figure of one prompt the evidence of all would not count.
+    untouched = 0.0 if len(sample.evidence_positions) and not sample.n_probe else None
     for k, (index, policy) in enumerate(group.members):
         entries = float(means[k]) + (_mean_slots(policy, group.counts[k], group.stands[k]) if k in group.stands else 0.0)
         found[index] = Prediction(
@@ -273,7 +276,7 @@ def _figures(seq_len: int, group: _Group, floored: float, attended: float) -> di
             recall=float(result.recall[k]),
             head_harm=float(result.head_harm[k]),
             missing=float(result.missing[k]),
-            evidence=float(np.asarray(group.lost)[k]) / attended if attended > 0 else None,
+            evidence=float(np.asarray(group.lost)[k]) / attended if attended > 0 else untouched,
             degenerate=policy.is_degenerate(seq_len),
             note=_note(policy, floored),
         )

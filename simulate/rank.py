@@ -46,7 +46,7 @@ class Row:
     risk, risk_low, risk_high : float or None
         What the ranking goes by without a calibration, see `kvtool.calibration.risk`; mean over samples with its interval.
     margin_change, recall, layer_harm, head_harm, missing, evidence : float or None
-        Means over samples, see `kvtool.simulate.curves.Curves`.
+        Means over samples, see `kvtool.simulate.curves.Curves`; recall over those that have one (none with an answer of one token).
     predicted, predicted_low, predicted_high : float or None
         Answer accuracy that a calibration predicts, with its interval; cut to 0 ... 1, with a note.
     confirmed : bool
@@ -198,7 +198,9 @@ def _row(policy: Policy, predictions: Sequence[Prediction], entry_bytes: NDArray
             values = [getattr(p, name) for p in predictions]
             # Predictions that an older version wrote may lack a figure.
             if all(value is not None for value in values):
-                setattr(row, name, float(np.mean(values)))
+                # An answer of one token has no recall: NaN, so that the place of every sample stays.
+                known = [value for value in values if not np.isnan(value)]
+                setattr(row, name, float(np.mean(known)) if known else None)
                 row.per_sample[name] = values
         losses = risks(predictions)
         both = np.stack([np.asarray(row.per_sample["harm"], dtype=np.float64), losses], axis=-1)

@@ -77,9 +77,9 @@ def attention_floor(attention: NDArray[np.float32]) -> float:
 
 
 def floored_share(table: ProbeTable) -> float:
-    """Return the share of captured attention values that are zero."""
+    """Return the share of captured attention values that are zero; 0 where there are none (an answer of one token)."""
     columns = table.rows.shape[-1] // 2
-    return float((table.rows[..., :columns] == 0).mean())
+    return float((table.rows[..., :columns] == 0).mean()) if columns else 0.0
 
 
 def representative_sums(table: ProbeTable, order: Int, counts: Int, stands: Mapping[int, Stand]) -> Float:

@@ -87,6 +87,8 @@ class SimulateSummary:
         Configurations that only the shortlist's cap left out.
     calibrated : str
         What the calibration knows of these configurations; empty without one.
+    n_one_token : int
+        Prompts whose answer is predicted before anything is dropped: risk 0 under every policy, no recall.
     """
 
     folder: Path
@@ -98,6 +100,7 @@ class SimulateSummary:
     rows: tuple[Row, ...]
     n_cut: int = 0
     calibrated: str = ""
+    n_one_token: int = 0
 
     def text(self) -> str:
         """Return the table that the command prints: the best configurations of each budget."""
@@ -142,6 +145,11 @@ class SimulateSummary:
         note += f", {self.n_cut} as close left out by the cap" if self.n_cut else ""
         note += f"; {self.n_impossible} impossible" if self.n_impossible else ""
         said = [self.calibrated] if self.calibrated else []
+        if self.n_one_token:
+            said += [
+                f"{self.n_one_token} of {self.n_samples} prompts have an answer of one token, predicted before anything is dropped: "
+                "risk 0 under every policy, and no recall (-); capture with --compress-at context to judge them"
+            ]
         among = f" ({hidden} of them shortlisted)" if hidden else ""
         note += f"; {len(self.rows) - len(lines)} more{among} in ranking.jsonl" if len(lines) < len(self.rows) else ""
         files = [str(self.folder / name) for name in ("ranking.jsonl", "shortlist.yaml", "ranking.png")]
@@ -193,15 +201,15 @@ def run_simulate(config: SimulateConfig, out: str | Path, loaded: LoadedModel | 
         shortlist = make_shortlist(rows, weights, config.shortlist_cap, calibration.gap_width if calibration else 0.0)
         n_refined = _refine(config, capture, loaded, rows, folder / "refined.jsonl") if loaded is not None else 0
         title = f"{capture.model.model_id}, {capture.config.get('task')}, {len(capture.samples)} prompts"
+        n_one_token = sum(sample.n_probe == 0 for sample in capture.samples)
     write_text(folder / "ranking.jsonl", "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
     write_shortlist(folder / "shortlist.yaml", shortlist, {"capture": identity["capture"], "run": config_hash(identity)})
     plot_ranking(rows, folder / "ranking.png", title)
     n_impossible = sum(row.status == "impossible" for row in rows)
     n_cut = sum(map(len, shortlist.cut.values()))
     said = _said_of(calibration, where, rows) if calibration is not None else ""
-    return SimulateSummary(
-        folder, len(predictions), len(rows), n_impossible, len(shortlist.entries), n_refined, tuple(rows), n_cut, said
-    )
+    counts = (len(predictions), len(rows), n_impossible, len(shortlist.entries), n_refined)
+    return SimulateSummary(folder, *counts, tuple(rows), n_cut, said, n_one_token)
 
 
 def _where(capture: Capture, identity: dict[str, Any]) -> Where:

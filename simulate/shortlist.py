@@ -1,4 +1,4 @@
-"""The shortlist: per budget every configuration that is not clearly dominated, and the control."""
+"""The shortlist: per budget every configuration that is not clearly dominated, and the control that was ranked."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_shortlist(
     A configuration is dominated if the best one among those of its budget that keep at most as many bytes has clearly less
     risk: with 97.5 % of the paired bootstrap draws. One without a budget is compared with all that keep at most as many bytes.
     With fewer than `MIN_PROMPTS` prompts nothing is clearly worse. Those that have the same figures on every prompt (the same
-    kept sets, as far as the capture can tell) are represented by the one with the shortest text. The control is always in. With a
+    kept sets, as far as the capture can tell) are represented by the one with the shortest text. A control that was ranked is in. With a
     calibration the predicted accuracy takes the place of risk, and a difference must also exceed what the calibration errs by.
 
     Parameters
@@ -122,7 +122,8 @@ def _represented(rows: Sequence[Row]) -> dict[str, list[str]]:
     for row in rows:
         policy = Policy.parse(row.policy)
         # Sums of the same entries in another order differ in the last digits.
-        figures = tuple(float(f"{v:.9g}") for name, values in row.per_sample.items() if name != "predicted" for v in values)
+        # As text: NaN (no recall of an answer of one token) is not equal to itself. Plus 0: -0 is 0.
+        figures = tuple(f"{v + 0.0:.9g}" for name, values in row.per_sample.items() if name != "predicted" for v in values)
         options = (policy.compensation, policy.when, policy.quant)
         key = row.policy if _is_control(row) else (options, f"{row.entries:.6g}", figures)
         groups.setdefault((key,), []).append(row.policy)

@@ -183,7 +183,10 @@ def test_a_comparison_that_does_not_fit_is_refused(toy: tuple[Path, LoadedModel]
     path, loaded = toy
     with pytest.raises(DataError, match="has no importance 'reasoning' but gain"):
         write_heads(path, comparison(tmp_path / "i.json", loaded), "reasoning", tmp_path / "h.json")
-    with pytest.raises(DataError, match="the capture is not"):
+    own = loaded.info.fingerprint
+    with pytest.raises(
+        DataError, match=rf"i\.json is of .* \(other\), the capture of .* \({own}\); run kvtool analyze importance"
+    ):
         write_heads(path, comparison(tmp_path / "i.json", loaded, "other"), "gain", tmp_path / "h.json")
     value = json.loads(comparison(tmp_path / "i.json", loaded).read_text())
     for row in value["importance"]["kv_heads"]:

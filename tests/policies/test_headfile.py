@@ -163,8 +163,12 @@ def test_the_model_is_checked(toy_heads: Callable[..., Path], tmp_path: Path) ->
     policy = Policy.parse(f"hace:budget=40,heads={path}")
     hashes = check_heads([policy, policy, Policy.parse("snapkv:budget=40")], info())
     assert list(hashes) == [str(path)]
-    with pytest.raises(DataError, match="is of toy, not of other; classify a capture"):
+    known = json.loads(path.read_text())["model"]["fingerprint"]
+    with pytest.raises(DataError, match=rf"is of toy \({known}\), not of other \(x\); classify a capture"):
         check_heads([policy], info(model_id="other", fingerprint="x"))
+    # Other weights under the same name: only the fingerprints tell them apart.
+    with pytest.raises(DataError, match=rf"is of toy \({known}\), not of toy \(x\)"):
+        check_heads([policy], info(fingerprint="x"))
     path.write_text(path.read_text() + " ")
     assert check_heads([policy], info()) != hashes
     # Files of others name no model: their shape has to do.

@@ -251,8 +251,12 @@ def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
             import_plan(source, "lukv", scorer, None, {})
     with pytest.raises(DataError, match="not found"):
         import_plan(tmp_path / "none.npy", "lukv", SCORER, None, {})
+    (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match="add --format"):
         guess_format(tmp_path / "x.bin")
+    for name in ("nofile", "none.npy"):
+        with pytest.raises(DataError, match=f"{name} not found; give a file of lukv, duo, headkv"):
+            guess_format(tmp_path / name)
 
 
 def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="on average; does the array"):
         check_plan(shifted, 1000)
     assert check_plan(curves(), 1000, info())[0].endswith("the same model")
-    with pytest.raises(DataError, match="capture of this model"):
+    with pytest.raises(DataError, match=r"is of toy \(.+\), not of toy \(other\); .* capture of this model"):
         check_plan(curves(), 1000, info(fingerprint="other"))
 
 

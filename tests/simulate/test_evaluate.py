@@ -1,13 +1,21 @@
-"""Large captures: probes layer by layer, statistics once, several processes; the figures stay the same."""
+"""Large captures: probes layer by layer, statistics once, several processes; the figures stay the same. Answers of one token."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kvtool import models
 from kvtool.capture.reader import CapturedSample, open_capture
+from kvtool.capture.runner import CaptureConfig, run_capture
+from kvtool.data.tasks import load_task
 from kvtool.errors import ConfigError
 from kvtool.models import LoadedModel
 from kvtool.policies import expand_policies, kept_counts, kept_positions, method_classes, parse_policy
@@ -15,7 +23,10 @@ from kvtool.policies.base import Memo
 from kvtool.simulate import evaluate, workers
 from kvtool.simulate.curves import curves
 from kvtool.simulate.evaluate import KnownView, evaluate_sample, sample_table
+from kvtool.simulate.rank import risks
+from kvtool.simulate.runner import SimulateConfig, run_simulate
 from kvtool.simulate.workers import evaluate_samples
+from kvtool.textgrid import figure
 
 TEXTS = (
     "snapkv:window=8",
@@ -151,3 +162,39 @@ def test_lost_evidence_is_that_of_the_kept_positions(
         assert sample.evidence_positions.tolist() == [3, 4, 5, 6, n - 2, n - 1]
         monkeypatch.setitem(sample.meta, "evidence", [])
         assert [p.evidence for p in evaluate_sample(sample, policies)] == [None] * len(policies)
+
+
+def test_an_answer_of_one_token_loses_nothing_and_has_no_recall(
+    random_model: Callable[..., Any], byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = random_model("llama")
+    loaded = LoadedModel(model, byte_tokenizer, models.describe(model, "llama"))
+    short, long = load_task("niah", byte_tokenizer, 2, 230, seed=0)
+    run_capture(
+        CaptureConfig(task="niah", model="llama", n=2, length=230),
+        loaded,
+        [replace(short, answer_ids=short.answer_ids[:1]), long],
+        tmp_path / "c.h5",
+    )
+    policies = [parse_policy(text) for text in ("snapkv:budget=20%,window=8", "snapkv:budget=20%,window=8,compensate=mean")]
+    with open_capture(tmp_path / "c.h5") as capture, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [sample.n_probe > 0 for sample in capture.samples] == [False, True]
+        one, several = (evaluate_sample(sample, policies) for sample in capture.samples)
+    for prediction in one:
+        assert (prediction.harm, prediction.evidence, prediction.missing, prediction.note) == (0, 0, 0, None)
+        assert prediction.recall is not None
+        assert math.isnan(prediction.recall)
+        assert figure(prediction.recall) == "-"
+    for untouched, prediction in zip(one, several, strict=True):
+        assert prediction.harm is not None
+        assert prediction.evidence is not None
+        assert prediction.evidence > 0
+        # The evidence of the others still counts.
+        expected = np.log1p(prediction.harm) + 8 * prediction.evidence
+        np.testing.assert_allclose(risks([untouched, prediction]), [0, expected], rtol=1e-12)
+    config = SimulateConfig(str(tmp_path / "c.h5"), ("snapkv:window=8", "random:window=8"), ("20%",))
+    summary = run_simulate(config, tmp_path / "out")
+    assert {row.policy: row.recall for row in summary.rows}["snapkv:budget=20%,window=8"] == pytest.approx(several[0].recall)
+    assert "1 of 2 prompts have an answer of one token" in summary.text()
+    assert "nan" not in summary.text()

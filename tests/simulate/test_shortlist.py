@@ -130,6 +130,14 @@ def test_what_cannot_be_told_apart_is_run_once() -> None:
     ]
 
 
+def test_prompts_without_a_recall_hide_no_likeness() -> None:
+    """NaN is not equal to itself; answers of one token have no recall."""
+    texts = [f"snapkv:budget=50%,kernel={k}" for k in (1, 3)]
+    found = made({text: [1.0] * 8 for text in texts}, recall=dict.fromkeys(map(str, texts), float("nan")))
+    assert len(found.entries) == 1
+    assert len(found.entries[0]["alike"]) == 1
+
+
 def test_the_same_harm_on_average_is_not_alike() -> None:
     harms = {"snapkv:budget=50%": [1.0, 3.0] * 4, "h2o:budget=50%": [3.0, 1.0] * 4}
     assert len(shortlisted(harms, recall=dict.fromkeys(harms, 0.5))) == 2
