@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtool.studies.judge import RELATIVE, SIZES, Judged
+from kvtool.studies.judge import RELATIVE, SIZES, TINY, Judged
 from kvtool.studies.noise import TIMES
 from kvtool.studies.paired import Value
 from kvtool.studies.reference import Finding, Reference, Theirs
@@ -35,16 +35,14 @@ def same_words(pair: Judged, better: str, worse: str) -> str:
 
 def amount(value: Value, metric: str, ends: bool = True) -> str:
     """Return a difference, in the metric's unit or in per cent, with its interval."""
-    digits = METRICS[metric].digits
-    if metric in RELATIVE:
-        digits, unit = (1 if abs(value.mean) >= 0.01 else 2), " %"
-        figures = [None if v is None else f"{100 * v:+.{digits}f}" for v in (value.mean, value.low, value.high)]
-    else:
-        figures = [None if v is None else f"{v:+.{digits}f}" for v in (value.mean, value.low, value.high)]
-        unit = ""
-    if ends and figures[1] is not None and figures[2] is not None:
-        return f"{figures[0]}{unit} ({figures[1]} to {figures[2]}{unit})"
-    return f"{figures[0]}{unit}"
+    relative = metric in RELATIVE
+    digits = (1 if abs(value.mean) >= 0.01 else 2) if relative else METRICS[metric].digits
+    values = [v * (100 if relative else 1) for v in (value.mean, value.low, value.high) if v is not None]
+    # An end that decides must not read as zero.
+    nonzero = [abs(v) for v in values if abs(v) > TINY]
+    digits += next((more for more in range(3) if all(round(v, digits + more) for v in nonzero)), 3)
+    figures, unit = [f"{v:+.{digits}f}" for v in values], " %" if relative else ""
+    return f"{figures[0]}{unit}" + (f" ({figures[1]} to {figures[2]}{unit})" if ends and len(figures) == 3 else "")
 
 
 def _basis(metric: str) -> str:

@@ -16,7 +16,7 @@ from kvtool.studies.paired import Value, by_segment, intervals
 from kvtool.studies.parse import parse_study
 from kvtool.studies.reference import Finding, Reference, findings
 from kvtool.studies.results import ResultRow
-from kvtool.studies.sayings import sentence
+from kvtool.studies.sayings import amount, sentence
 from kvtool.studies.schema import Choice, Direction, Study
 from kvtool.studies.tables import reference_lines
 
@@ -256,3 +256,17 @@ def test_what_a_direction_stands_for_is_checked(tmp_path: Path, old: str, new: s
     assert parse_study(YAML, "full", str(tmp_path / "s.yaml")).directions[0].study == ("c4096", "c1024")
     with pytest.raises(ConfigError, match=words):
         parse_study(YAML.replace(old, new), "full", str(tmp_path / "s.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "said"),
+    [
+        (Value(0.013, 0.0004, 0.03), "accuracy", "+0.0130 (+0.0004 to +0.0300)"),
+        (Value(0.13, 0.04, 0.23), "accuracy", "+0.13 (+0.04 to +0.23)"),
+        (Value(0.0, 0.0, 0.1), "accuracy", "+0.00 (+0.00 to +0.10)"),
+        (Value(0.0012, -0.00003, 0.0023), "perplexity", "+0.120 % (-0.003 to +0.230 %)"),
+        (Value(0.5), "tpot_ms", "+50.0 %"),
+    ],
+)
+def test_an_end_that_decides_does_not_read_as_zero(value: Value, metric: str, said: str) -> None:
+    assert amount(value, metric) == said
