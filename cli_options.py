@@ -36,11 +36,12 @@ def named_device_map() -> str | None:
 
 def load_named(model: str, device: str, dtype: str) -> LoadedModel:
     """Load the model that the options name, and say so."""
-    from kvtool.models import load_model
+    from kvtool.models import load_model, set_threads
     from kvtool.progress import say
 
     say(f"loading {model}")
     loaded = load_model(model, device, dtype, named_device_map())
+    set_threads(loaded)
     if loaded.info.weights:
         say(
             f"weights are {loaded.info.weights}, tokenizer {loaded.info.tokenizer}: times and bytes are real, scores mean nothing"

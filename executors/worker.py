@@ -97,9 +97,10 @@ class ModelOrigin:
         DataError
             It is not here.
         """
-        from kvtool.models import load_model, tokenizer_hash
+        from kvtool.models import load_model, set_threads, tokenizer_hash
 
         loaded = load_model(self.name, device, self.dtype, device_map)
+        set_threads(loaded)
         here = {"weights": loaded.info.fingerprint, "tokenizer": tokenizer_hash(loaded.tokenizer)}
         _refuse({"weights": self.fingerprint, "tokenizer": self.tokenizer}, here)
         return loaded

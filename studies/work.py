@@ -65,7 +65,7 @@ class Models:
         KvtoolError
             It cannot be loaded.
         """
-        from kvtool.models import load_model
+        from kvtool.models import load_model, set_threads
         from kvtool.progress import say
 
         asked = (name, dtype)
@@ -77,6 +77,7 @@ class Models:
             try:
                 _refuse_too_large(name, self.device)
                 self._name, self._loaded = asked, load_model(name, self.device, dtype, self.device_map)
+                set_threads(self._loaded)
             except KvtoolError as error:
                 self._failed[asked] = error
                 raise

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,22 @@ def test_too_long_a_prompt(random_model: Callable[..., Any]) -> None:
     models.check_length(info, 512, "the prompt")
     with pytest.raises(ConfigError, match="needs 513 tokens, but m has a context of 512"):
         models.check_length(info, 513, "the prompt")
+
+
+def test_small_models_take_one_thread_unless_the_user_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, before = models.load_model("tiny", device="cpu"), torch.get_num_threads()
+    large = replace(loaded, info=replace(loaded.info, head_dim=256))
+    monkeypatch.setattr("kvtool.models._threads", [])
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+        torch.set_num_threads(3)
+        for model, threads in ((loaded, 1), (large, 3), (loaded, 1)):
+            models.set_threads(model)
+            assert torch.get_num_threads() == threads
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        models.set_threads(loaded)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
