@@ -102,6 +102,10 @@ def _status_of_folders(folder: Path, as_json: bool) -> None:
     emit(as_json, found, "\n\n".join(status_text(summary) for summary in found))
 
 
+#: Seconds above which an estimate for a CPU says how to estimate for a GPU.
+LONG = 2 * 86400
+
+
 def _dry_run(study: Study, out: Path, device: str, dtype: str, assume: str | None, as_json: bool) -> None:
     """Print every node with what it will take."""
     from kvtool.progress import say
@@ -132,7 +136,15 @@ def _dry_run(study: Study, out: Path, device: str, dtype: str, assume: str | Non
         }
         for n, e, m in zip(nodes, estimates, marks, strict=True)
     ]
-    notes = [f"{len(nodes)} nodes; about {duration(left['seconds'])} to go, at most {size(left['bytes'])} of memory at a time"]
+    most = max((row for row in rows if row["state"] not in IDLE), key=lambda row: row["bytes"] or 0, default=None)
+    where = f" ({most['node']})" if most is not None and left["bytes"] else ""
+    notes = [
+        f"{len(nodes)} nodes; about {duration(left['seconds'])} to go, at most {size(left['bytes'])} of memory at a time{where}"
+    ]
+    if rates.measured and str(rates.device).startswith("cpu") and left["seconds"] > LONG:
+        notes.append(
+            "that is for this CPU: --assume GFLOPS,GBPS estimates for a GPU that is not here, such as --assume 300000,2500"
+        )
     notes += [f"{left['unknown']} nodes are of models whose size is not known here: not counted"] if left["unknown"] else []
     how = "measured" if rates.measured else "assumed"
     worth = (

@@ -6,15 +6,34 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 #: Settings of a policy that are paths.
 _PATHS = re.compile(r"(?<=[:,])(heads|plan|file)=([^,]*),?")
+#: An absolute path of at least two parts, behind anything but a word or an address.
+_ABSOLUTE = re.compile(r"""(?<![\w./:~-])(?:[A-Za-z]:)?(?:[/\\][^\s/\\,;:"'<>|(){}=]+)+""")
+#: Parts of a path that its end keeps: a file and its folder.
+_END = 2
 _BUDGET = re.compile(r"(?<=[:,])budget=[^,]*,?")
 
 
 def short_name(text: str) -> str:
     """Return one policy's text without the paths of its files."""
     return _PATHS.sub("", text).rstrip(":,")
+
+
+def short_paths(text: str) -> str:
+    """Return a text with the end of each absolute path only: its folder and its file, as a report that is handed on needs no more."""
+    return _ABSOLUTE.sub(lambda found: "/".join(re.split(r"[/\\]", found[0])[-_END:]).lstrip("/"), text)
+
+
+def short_values(value: Any) -> Any:
+    """Return what JSON holds with the ends of absolute paths only, keys too."""
+    if isinstance(value, str):
+        return short_paths(value)
+    if isinstance(value, Mapping):
+        return {short_paths(str(key)): short_values(item) for key, item in value.items()}
+    return [short_values(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def method_of(text: str) -> str:

@@ -156,7 +156,9 @@ def warnings(rows: Sequence[TableRow], reality: Reality) -> list[str]:
         if row.beats_control is False:
             beaten.setdefault(row.budget, []).append(row.name or row.method)
     for budget, methods in beaten.items():
-        found.append(f"at {budget} no clear gain over random entries with the same kind of protection: {', '.join(methods)}")
+        found.append(
+            f"at {budget} no clear gain in answer accuracy over random entries with the same kind of protection: {', '.join(methods)}"
+        )
     truncated = sorted({r["sample"] for r in reality.records if r.get("meta", {}).get("answer_truncated")})
     if truncated:
         found.append(f"{len(truncated)} prompts have longer answers than were scored: their first tokens only")

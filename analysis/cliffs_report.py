@@ -217,7 +217,7 @@ def cliff_table(cliffs: Sequence[Cliff]) -> Table:
     rows = [_cells(cliff, keys, by, reasons) for cliff in cliffs]
     figures = ", ".join(dict.fromkeys(figure_name(c) for c in cliffs))
     how = f"{HOW} {READ} Figure: {figures}."
-    return Table("cliffs", "Performance cliffs", how, (*header, "reason") if reasons else header, tuple(rows))
+    return Table("cliffs", "Where each method begins to lose", how, (*header, "reason") if reasons else header, tuple(rows))
 
 
 def _cells(cliff: Cliff, keys: Sequence[str], by: bool, reasons: bool) -> tuple[Cell, ...]:
@@ -292,13 +292,20 @@ def cliff_figure(cliffs: Sequence[Cliff], most: int = MOST_PANELS) -> Figure | N
             axes.set_ylabel("perplexity above full (%)" if texts else "loss against full (%)")
         figure_legend(canvas, list(grid))
 
-    caption = f"{HOW} Rings: critical retentions; dashes: {LOSS:.0%}; bars: 95 % intervals."
+    caption = f"{HOW} Rings: critical retentions; dashes: {LOSS:.0%}; bars: 95 % intervals over {_counts(shown, texts)}."
     caption += f" {len(shown)} of {len(places)} cells, those with the largest drops." if len(shown) < len(places) else ""
     size = (max(6.0, 3.6 * columns), 2.6 * lines + 0.9)
     name, title = (
         ("cliff_texts", "Where methods begin to lose, texts") if texts else ("cliff_curves", "Where methods begin to lose")
     )
     return make_figure(name, title, caption, _data(cliffs), draw, size, font_size=9)
+
+
+def _counts(shown: Sequence[Sequence[Cliff]], texts: bool) -> str:
+    """Say over how many prompts, or pieces of a text, a loss is a mean."""
+    counts = sorted({len(group[0].place.samples) for group in shown})
+    what = "pieces of a text" if texts else "prompts"
+    return f"{counts[0]} {what}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} {what}"
 
 
 def _panel(axes: Axes, group: Sequence[Cliff], labels: Sequence[str]) -> None:

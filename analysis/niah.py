@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from kvtool.data.metrics import full_name
 from kvtool.errors import DataError
 from kvtool.executors.records import read_units
 from kvtool.files import read_run
+from kvtool.naming import short_paths
 from kvtool.textgrid import figure, grid, save_tables
 
 FULL = "full"
-#: Depths of records that were not made on a grid are put into so many classes, or into half as many where a class would hold fewer
+#: Depths of records that were not made on a grid are put into so many classes, or into half as many where one of them would hold fewer
 #: than `FEW` prompts of a length.
 DEPTH_CLASSES, FEW = 10, 3
 #: What to colour by where nothing was generated.
@@ -69,6 +70,8 @@ class NeedleMap:
     compress_at : str
     policies : tuple of str
         The full cache first, then by method and rising budget.
+    classes : int
+        Of depth, where prompts were not made on a grid; 0: on a grid.
     """
 
     cells: tuple[Cell, ...]
@@ -77,6 +80,7 @@ class NeedleMap:
     metric: str
     compress_at: str
     policies: tuple[str, ...]
+    classes: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -85,8 +89,8 @@ class NeedleMap:
 
     @property
     def depths(self) -> list[float]:
-        """Ascending."""
-        return sorted({cell.depth for cell in self.cells})
+        """Ascending; classes that no prompt fell into are among them."""
+        return sorted({cell.depth for cell in self.cells} | {_middle(i, self.classes) for i in range(self.classes)})
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return header and rows: mean score per policy and length, over depths."""
@@ -156,16 +160,39 @@ def read_needles(folders: Sequence[Path], metric: str | None = None) -> NeedleMa
             shown = "; ".join(f"{key}: {facts[0][key]} and {fact[key]}" for key in differing)
             raise DataError(f"{folders[0]} and {folder} do not belong together ({shown}); draw them one by one")
     name = _metric(records, metric)
-    cells = _cells(records, name, _classes(records))
+    classes = _classes(records)
+    cells = _cells(records, name, classes)
     config = read_run(folders[0])["config"]
     tasks = dict.fromkeys(str(r["meta"]["task"]) for r in records)
-    return NeedleMap(cells, ", ".join(tasks), str(config["model"]), name, str(config["compress_at"]), _order(records))
+    return NeedleMap(
+        cells,
+        ", ".join(tasks),
+        str(config["model"]),
+        name,
+        str(config["compress_at"]),
+        _order(records),
+        _used(records, classes),
+    )
 
 
 def _classes(records: Sequence[dict[str, Any]]) -> int:
-    """Return the number of classes of depth: fewer where only a few prompts of a length would stand in each."""
-    prompts = Counter(length for length, _ in {(r["meta"]["length"], r["sample"]) for r in records})
-    return DEPTH_CLASSES if min(prompts.values()) >= FEW * DEPTH_CLASSES else DEPTH_CLASSES // 2
+    """Return the number of classes of depth: fewer where only a few prompts of a length would stand in one of them."""
+    prompts = {(r["meta"]["length"], r["sample"]): _depth(r) for r in records}
+    counts = Counter((length, depth) for (length, _), depth in prompts.items())
+    lengths = {length for length, _ in prompts}
+    middles = [_middle(i, DEPTH_CLASSES) for i in range(DEPTH_CLASSES)]
+    few = any(counts[length, middle] < FEW for length in lengths for middle in middles)
+    return DEPTH_CLASSES // 2 if few else DEPTH_CLASSES
+
+
+def _used(records: Sequence[dict[str, Any]], classes: int) -> int:
+    """Return the number of classes where every depth is in one, else 0."""
+    return 0 if any("depth_asked" in r["meta"] for r in records) else classes
+
+
+def _middle(place: int, classes: int) -> float:
+    """Return the middle of a class of depth in percent."""
+    return (place + 0.5) * 100 / classes
 
 
 def _depth(record: dict[str, Any], classes: int = DEPTH_CLASSES) -> float | None:
@@ -175,7 +202,7 @@ def _depth(record: dict[str, Any], classes: int = DEPTH_CLASSES) -> float | None
         return float(meta["depth_asked"])
     if meta.get("depth") is None:
         return None
-    return (min(classes - 1, int(float(meta["depth"]) * classes)) + 0.5) * 100 / classes
+    return _middle(min(classes - 1, int(float(meta["depth"]) * classes)), classes)
 
 
 def _metric(records: Sequence[dict[str, Any]], metric: str | None) -> str:
@@ -246,7 +273,10 @@ def write_needles(found: NeedleMap, out: Path, named: Mapping[str, str] | None =
     from kvtool.analysis.niah_figure import needle_figure
 
     drawn = needle_figure(found, named)
+    drawn = replace(drawn, data=short_paths(drawn.data))
     title, note = drawn.title, found.text().splitlines()[-1]
-    files = save_tables(out, "niah", title, [("", found.table())], drawn.data, [drawn.caption, note])
+    header, rows = found.table()
+    lines = [[short_paths(cell) for cell in row] for row in rows]
+    files = save_tables(out, "niah", title, [("", (header, lines))], drawn.data, [drawn.caption, note])
     drawn.save(out)
     return [*files, *(out / f"niah.{ending}" for ending in drawn.files)]

@@ -57,7 +57,7 @@ def needle_figure(found: NeedleMap, named: Mapping[str, str] | None = None, name
     caption = _HOW.format(
         metric=f"Score ({found.metric})" if found.metric != "answer_accuracy" else "Answer accuracy",
         n=prompts or f"{counts[0]} to {counts[-1]} prompts",
-        marks="; ".join([*odd, "grey: not run"]) + ".",
+        marks="; ".join([*odd, "grey: not run, or no prompt has its needle there"]) + ".",
     )
     if shared := shared_settings(policies, named):
         caption += f" All of them: {', '.join(shared)}."

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtool.analysis.points import most_entries
 from kvtool.analysis.statistics import Interval, percentile_interval
 from kvtool.bootstrap import bootstrap_weights
 from kvtool.errors import DataError
@@ -45,7 +46,8 @@ class PerplexityRow:
     n_segments, n_tokens : int
         What was counted.
     entries : float or None
-        Context held: mean entries per KV head at the end of the segments, sink and window included.
+        Context held: mean entries per KV head at the end of the segments, sink and window included; of lazy eviction the capacity
+        that fills up between cuts, see `kvtool.analysis.points.most_entries`.
     perplexity, accuracy : Interval or None
         exp of the mean loss over all counted tokens; share of tokens that are the most likely ones.
     ratio, accuracy_change : Interval or None
@@ -149,6 +151,8 @@ class Perplexity:
             lines.append(
                 f"never evicts, so equals the full cache: {', '.join(idle)}; segments of {config['length']} tokens fit into it"
             )
+        if any("interval=" in row.policy and not row.drops_nothing for row in self.rows):
+            lines.append("context held of lazy eviction (interval=): the capacity, which fills up between cuts")
         known = [
             f"{name.replace(':decode=evict', '')}: {'more than was tried' if n is None else f'{n:.0f} entries'}"
             for name, n in self.enough.items()
@@ -302,7 +306,7 @@ def _row(
         message=None,
         n_segments=len(records),
         n_tokens=sum(n),
-        entries=float(np.mean([r["entries"] for r in records])),
+        entries=float(np.mean([most_entries(r) for r in records])),
         perplexity=resampling.ratio(samples, nll, n, True),
         accuracy=resampling.ratio(samples, hits, n, False),
         ratio=resampling.ratio(samples, change, n, True),

@@ -6,8 +6,10 @@ Shapes: S prompts (of texts: segments), L layers, H KV heads.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,47 @@ class Place:
 
     def _documents(self, known: NDArray[np.bool_]) -> Documents:
         return Documents.apart(int(known.sum())) if self.documents is None else self.documents.at(known)
+
+
+def common_budgets(points: Iterable[Point]) -> frozenset[str]:
+    """Return the shares that most methods were run at, the control not counted.
+
+    What was added where one method's curve falls is not among them: others may hold there, too, and were not asked.
+    """
+    tried = {(p.label, p.budget) for p in points if p.share and p.budget and not p.control}
+    counts = Counter(budget for _, budget in tried)
+    return frozenset(budget for budget, n in counts.items() if n == max(counts.values()))
+
+
+@lru_cache(maxsize=4096)
+def nothing_chosen(policy: str, length: int) -> bool:
+    """Return whether a lazy eviction drops so many entries at once that a cut leaves sink and window only: no heavy hitter.
+
+    Parameters
+    ----------
+    policy : str
+        Text form.
+    length : int
+        Tokens of the prompt or segment.
+    """
+    if "interval=" not in policy:
+        return False
+    from kvtool.policies import parse_policy
+
+    parsed = parse_policy(policy)
+    # A cut leaves capacity - (interval - 1) entries, and never less than the protected ones.
+    return parsed.asked(length) - (parsed.when.interval - 1) <= parsed.method.parts().selector.protected
+
+
+def most_entries(record: Mapping[str, Any]) -> float:
+    """Return the entries per head that a text's cache must have room for.
+
+    With lazy eviction that is its capacity, which fills up before each cut: what is left at the end depends on where the text ends.
+    """
+    held = float(record["entries"])
+    if int(record.get("interval") or 1) > 1 and record.get("evicted"):
+        return max(held, float(record["planned_entries"]))
+    return held
 
 
 def make_place(

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtool.analysis.answer import MIN_PROMPTS, TOLERANCE, cost, counted, holding
 from kvtool.analysis.cliffs import asked
-from kvtool.analysis.points import FIGURES, Place, Point
+from kvtool.analysis.points import FIGURES, Place, Point, common_budgets, nothing_chosen
 from kvtool.analysis.statistics import Interval
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -67,11 +67,11 @@ class Choice:
         None: nothing held the score.
     figure : str
     change : Interval or None
-        Of the chosen one, else of the closest.
+        Of the chosen one; of the full cache, where that is the answer, from itself.
     tied : tuple of str
         Others at its retention that are not told apart from it.
     why : str
-        Why there is no choice.
+        Why there is no choice, and how close the closest comes.
     """
 
     place: Place
@@ -83,17 +83,29 @@ class Choice:
 
 
 def choose(place: Place) -> Choice:
-    """Choose the smallest cache that holds the score, as a run's report does: see `kvtool.analysis.answer.holding`."""
+    """Choose the smallest cache that holds the score, as a run's report does: see `kvtool.analysis.answer.holding`.
+
+    Among points at shares that all compared methods were run at: else a method would win by a retention that only it was asked for.
+    Lazy eviction that leaves nothing chosen is no choice, however well it does on a prompt that its last cut spared.
+    """
     figure = place.figure()
     if figure is None:
         return Choice(place, None, "score", None, why="no full cache beside it")
-    able = [(p, place.change(p, figure)) for p in place.points if p.budget and not p.degenerate and not p.control]
+    grid = common_budgets(place.points)
+    able = [
+        (p, place.change(p, figure))
+        for p in place.points
+        if p.budget and not p.degenerate and not p.control and (not p.share or p.budget in grid)
+        if not nothing_chosen(p.policy, place.length)
+    ]
     known = [(p, change) for p, change in able if change is not None]
     good = [known[i] for i in holding([change for _, change in known])]
     if not good:
         best = max(known, key=lambda pair: pair[1].mean, default=None)
-        why = "nothing was run" if best is None else f"closest: {best[0].label} at {100 * (best[0].retention or 0):.3g} %"
-        return Choice(place, None, figure, None if best is None else best[1], why=why)
+        why = "nothing was run"
+        if best is not None:
+            why = f"closest: {best[0].label} at {100 * (best[0].retention or 0):.3g} %, {FIGURES[figure][1]} {best[1].text(sign=True)}"
+        return Choice(place, None, figure, place.versus(place.full, place.full, figure), why=why)
     smallest = min(p.kv_bytes or 0.0 for p, _ in good)
     peers = [(p, c) for p, c in good if (p.kv_bytes or 0.0) <= smallest * 1.01]
     point, change = max(peers, key=lambda pair: (_second(place, pair[0]), pair[0].label))
@@ -138,8 +150,15 @@ def headline(choices: Sequence[Choice]) -> str:
     who = f"For {next(iter(models))}" if len(models) == 1 else f"Over {len(models)} models"
     return (
         f"{who} run {best} at {reach} of the entries, by workload: it is the smallest that holds the score in "
-        f"{often} of {counted(len(choices), 'workload')}, saves {worth} of the KV cache there and, at worst, {cost_of}."
+        f"{often} of {counted(len(choices), 'workload')}, saves {worth} of the KV cache there and, at worst, {cost_of}{_ties(mine)}."
     )
+
+
+def _ties(chosen: Sequence[Choice]) -> str:
+    """Name what is not told apart from the recommended one: to run it instead is as good an answer."""
+    counts = Counter(label for choice in chosen for label in choice.tied)
+    named = [label if n == len(chosen) else f"{label} in {n} of {len(chosen)}" for label, n in counts.most_common()]
+    return f"; not told apart from it there: {', '.join(named)}" if named else ""
 
 
 def _run(choice: Choice) -> str:
@@ -149,6 +168,7 @@ def _run(choice: Choice) -> str:
     return (
         f"run {point.label} at {100 * (point.retention or 0.0):.3g} % of the entries: it saves "
         f"{100 * (point.saved or 0.0):.1f} % of the KV cache and {cost(change, len(choice.place.samples))} ({FIGURES[choice.figure][1]})"
+        f"{_ties([choice])}"
     )
 
 
@@ -156,7 +176,7 @@ def details(choices: Sequence[Choice]) -> list[str]:
     """Return what the answer rests on."""
     lines = [
         f"the choice per workload: the smallest cache whose score, by its 95 % interval, is not more than {TOLERANCE:g} below "
-        "the full cache"
+        "the full cache, at retentions that all compared methods were run at"
     ]
     few = [c for c in choices if c.point and c.change and not c.change.low >= -TOLERANCE]
     if few:

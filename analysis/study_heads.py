@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.analysis.cliffs import asked
-from kvtool.analysis.points import Place, Point
+from kvtool.analysis.points import Place, Point, common_budgets
 from kvtool.analysis.study import StudyData
 from kvtool.analysis.style import AROUND_ZERO, RISING, Figure, make_figure
 
@@ -32,7 +32,7 @@ def head_figures(data: StudyData) -> list[Figure]:
     for number, model in enumerate(dict.fromkeys(place.model for place in data.places)):
         place = next((p for p in data.places if p.model == model and _shared(p)), None)
         if place is not None:
-            points = _shared(place)[:MOST]
+            points = _shared(place)
             found += [_kept(number, place, points), _difference(number, place, points), _layers(number, place, points)]
     for number, (title, folder) in enumerate(data.folders.get("classify", [])):
         figure = _importance(number, title, folder / "heads.json")
@@ -41,12 +41,23 @@ def head_figures(data: StudyData) -> list[Figure]:
 
 
 def _shared(place: Place) -> list[Point]:
-    """Points at the middle retention that share entries unevenly; one per method."""
-    able = [p for p in place.points if p.heads is not None and p.budget and p.budget.endswith("%") and not p.degenerate]
-    uneven = [p for p in able if p.heads is not None and float(np.ptp(p.heads)) > UNIFORM]
-    budgets = sorted({asked(p) for p in uneven})
-    middle = budgets[len(budgets) // 2] if budgets else None
-    return [p for p in uneven if asked(p) == middle]
+    """One point per method at the middle of the retentions that most methods share unevenly at; none if no method does.
+
+    Methods that share evenly stand beside the others, as far as there is room.
+    """
+    able = [p for p in place.points if p.heads is not None and p.share and not p.degenerate and not p.control]
+    uneven = [p for p in able if _uneven(p)]
+    common = common_budgets(uneven)
+    budgets = sorted({asked(p) for p in uneven if p.budget in common})
+    if not budgets:
+        return []
+    mine = [p for p in able if asked(p) == budgets[len(budgets) // 2]]
+    drawn = {p.label for p in sorted(mine, key=lambda p: not _uneven(p))[:MOST]}
+    return [p for p in mine if p.label in drawn]
+
+
+def _uneven(point: Point) -> bool:
+    return point.heads is not None and float(np.ptp(point.heads)) > UNIFORM
 
 
 def _maps(canvas: Canvas, tables: Sequence[tuple[str, Float]], cmap: str, limits: tuple[float, float], label: str) -> None:
@@ -98,10 +109,9 @@ def _difference(number: int, place: Place, points: Sequence[Point]) -> Figure:
     """What each method moves between heads, against as many entries shared evenly."""
     tables = [(p.label, p.heads - p.heads.mean()) for p in points if p.heads is not None]
     most = max(float(np.abs(table).max()) for _, table in tables)
-    caption = (
-        f"Entries above (purple) or below (orange) an even share of the same total, at {points[0].budget}; {place.title}. "
-        "SnapKV, H2O and StreamingLLM share evenly and would be blank."
-    )
+    even = [p.label for p in points if not _uneven(p)]
+    blank = f" Blank, as they share evenly: {', '.join(even)}." if even else ""
+    caption = f"Entries above (purple) or below (orange) an even share of the same total, at {points[0].budget}; {place.title}.{blank}"
     return make_figure(
         f"heads_difference_{number}",
         f"Method minus uniform, per head: {place.model} at {points[0].budget}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvtool.analysis.look_figures import REDRAWN, redraw
 from kvtool.analysis.points import Point
 from kvtool.analysis.study import StudyData
+from kvtool.analysis.study_counts import behind, prompts_of, study_words
 from kvtool.analysis.style import ENDINGS, Figure, inline
 
 #: Kind of stage -> name of its picture -> what it is called and how to read it; other pictures are left to the stage's folder.
@@ -39,7 +40,7 @@ PICTURES: dict[str, dict[str, tuple[str, str]]] = {
         "heads": ("Where representatives lose", "Layer x head against evicting alone: purple gains, orange loses."),
     },
     "stress": {"endless": ("Endless decoding", "Flat bytes and a loss that does not rise mean that the cache still works.")},
-    "search": {"search": ("What the search saw", "Harm of every setting that was tried, and the choice on other prompts.")},
+    "search": {"search": ("What the search saw", "Every setting that was tried, and the choice on other prompts.")},
     "compare": {
         "changes": (
             "Against the baseline",
@@ -89,12 +90,15 @@ def _of_kind(data: StudyData, kind: str, names: dict[str, tuple[str, str]]) -> I
             rows = table.read_text(encoding="utf-8") if table.exists() else ""
             drawn = redraw(stem, rows, names) if stem in REDRAWN and rows else None
             if drawn is not None:
-                svg = inline(drawn.files["svg"].decode(), name, heading)
-                yield replace(drawn, name=name, title=heading, svg=svg)
+                svg, n = inline(drawn.files["svg"].decode(), name, heading), prompts_of(data, title)
+                said = drawn.caption.replace("intervals over prompts", f"intervals over {n} prompts") if n else drawn.caption
+                yield replace(drawn, name=name, title=heading, caption=said, svg=svg)
                 continue
-            svg = inline(path.read_text(encoding="utf-8"), name, heading)
+            text = study_words(path.read_text(encoding="utf-8"), stem, title, data, rows)
+            svg = inline(text, name, heading)
             files = {end: found.read_bytes() for end in ENDINGS if (found := path.with_suffix(f".{end}")).exists()}
-            yield Figure(name, heading, caption + (_cells(rows) if kind == "needles" else ""), svg, rows, files)
+            said = _cells(rows) if kind == "needles" else behind(stem, folder, rows)
+            yield Figure(name, heading, caption + said, svg, rows, files | {"svg": text.encode()})
 
 
 def _cells(rows: str) -> str:

@@ -25,6 +25,7 @@ from kvtool.analysis.study_warnings import warnings
 from kvtool.analysis.style import Figure
 from kvtool.analysis.tabular import Table
 from kvtool.files import write_text
+from kvtool.naming import short_paths, short_values
 
 #: Sections by what the names of their figures begin with.
 HEADS = ("heads_", "layers_")
@@ -97,12 +98,16 @@ def write_report(data: StudyData, out: Path) -> StudyReport:
     notes = [*warnings(data), *too_few(cliffs)]
     _distinct(groups)
     for group in groups:
+        group.tables[:], group.folded[:] = ([table.short() for table in tables] for tables in (group.tables, group.folded))
+    for group in groups:
         for table in (*group.tables, *group.folded):
             table.save(out / "tables")
         for figure in group.figures:
-            figure.save(out / "figures")
+            replace(figure, data=short_paths(figure.data)).save(out / "figures")
     answer, lines = _answer(data, choices)
-    write_text(out / "report.html", _render(data, groups, answer, lines, notes))
+    # Where the study ran says nothing to a reader of the report: of paths, their ends.
+    render = _render(replace(data, provenance=short_values(data.provenance)), groups, answer, lines, notes)
+    write_text(out / "report.html", render)
     return StudyReport(
         out / "report.html",
         answer,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvtool.analysis.study import StudyData
+from kvtool.analysis.study_counts import segments_of
 from kvtool.analysis.study_same import same_read
 from kvtool.analysis.style import (
     COLOURS,
@@ -60,24 +61,14 @@ def _perplexity(data: StudyData) -> Iterator[Figure]:
         rows = [row for row in read if (row["stage"], row["model"], row["task"], row["length"]) == place]
         title = f"{place[1]}, {place[2]}, {place[3]} tokens" + (f", stage {place[0]}" if several else "")
         for make in (_context, _sinks, _thresholds, _inverse, _best):
-            figure = make(rows, title, number)
+            figure = make([{**row, "segments": segments_of(data, place)} for row in rows], title, number)
             if figure is not None:
                 yield figure
 
 
 def _data(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    header = [
-        "model",
-        "task",
-        "length",
-        "group",
-        "label",
-        "policy",
-        "effective_context",
-        "perplexity",
-        "perplexity_low",
-        "perplexity_high",
-    ]
+    header = ["model", "task", "length", "group", "label", "policy", "effective_context"]
+    header += ["perplexity", "perplexity_low", "perplexity_high"]
     header += ["perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high", "next_token_accuracy"]
     return header, [[row.get(key) for key in header] for row in rows]
 
@@ -91,7 +82,12 @@ def _points(axes: Axes, rows: Sequence[Row], x: Sequence[float], key: str, label
 def _tokens(rows: Sequence[Row]) -> str:
     """What stands behind a perplexity."""
     counts = [int(row["n"]) for row in rows if row.get("n")]
-    return f"Bars are 95 % intervals over pieces of the text, {max(counts)} tokens." if counts else "Bars are 95 % intervals."
+    pieces = next((f"{row['segments']} " for row in rows if row.get("segments")), "")
+    return (
+        f"Bars are 95 % intervals over {pieces}pieces of the text, {max(counts)} tokens."
+        if counts
+        else "Bars are 95 % intervals."
+    )
 
 
 def _same(rows: Sequence[Row]) -> str:
@@ -246,9 +242,10 @@ def _inverse(rows: Sequence[Row], title: str, number: int) -> Figure | None:
         axes.set_ylabel("perplexity")
         figure_legend(canvas, [axes], 3)
 
+    drawn = [{**row, "label": match[0]} for row, match in found]  # one of several names of a policy
     caption = (
         "Wide windows for positional heads (I) or few for gathering ones (J), against StreamingLLM. Below its line "
-        f"is better at equal memory. {_tokens(plain)}{_same([*plain, *(r for r, _ in found)])}"
+        f"is better at equal memory. {_tokens(plain)}{_same([*plain, *drawn])}"
     )
     return make_figure(
         f"inverse_{number}", f"Inverse experiment: {title}", caption, _data([*plain, *(r for r, _ in found)]), draw, (7.2, 4.8)

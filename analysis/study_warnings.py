@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvtool.analysis.points import Place, Point
+from kvtool.analysis.points import FIGURES, Place, Point, nothing_chosen
 from kvtool.analysis.study import StudyData
 from kvtool.analysis.study_same import same_words
 from kvtool.files import read_records
@@ -29,7 +29,7 @@ def warnings(data: StudyData) -> list[str]:
     found += (
         [f"{len(degenerate)} degenerate points (nothing left to choose), not judged: {_some(degenerate)}"] if degenerate else []
     )
-    found += _control(data.places) + _weak(data.places) + _cut(data.places)
+    found += _control(data.places) + _bare(data) + _weak(data.places) + _cut(data.places)
     found += same_words(data) + _apart(data.rows) + _beyond(data) + _noise(data)
     idle = {
         row["label"]
@@ -51,21 +51,38 @@ def _some(hit: Sequence[tuple[Place, Point]], most: int = 4) -> str:
 
 
 def _control(places: Sequence[Place]) -> list[str]:
-    """Methods that do not beat the random control of the same budget, counted over points."""
-    lost: Counter[str] = Counter()
-    tried: Counter[str] = Counter()
+    """Methods that do not beat the random control of the same budget, counted over points: in the figure that the tables of scores show."""
+    lost: Counter[tuple[str, str]] = Counter()
+    tried: Counter[tuple[str, str]] = Counter()
     for place in places:
         controls = {p.budget: p for p in place.points if p.control}
-        figure = "accuracy" if any("accuracy" in p.values for p in place.points) else "score"
+        figure = place.figure() or "score"
         for point in place.points:
             gain = place.versus(point, controls.get(point.budget), figure) if point.budget and not point.control else None
             if gain is not None and not point.degenerate:
-                tried[point.label] += 1
-                lost[point.label] += not gain.low > 0
-    named = [f"{label} {lost[label]} of {n}" for label, n in tried.items() if lost[label]]
+                tried[figure, point.label] += 1
+                lost[figure, point.label] += not gain.low > 0
     if not tried and places:
         return ["no random control was run: nothing says that choosing entries is worth it here"]
-    return [f"not clearly above the random control (points): {', '.join(named)}"] if named else []
+    named: dict[str, list[str]] = {}
+    for (figure, label), n in tried.items():
+        if lost[figure, label]:
+            named.setdefault(figure, []).append(f"{label} {lost[figure, label]} of {n}")
+    return [
+        f"not clearly above the random control in {FIGURES[figure][1]} (points, paired 95 % intervals): {', '.join(labels)}"
+        for figure, labels in named.items()
+    ]
+
+
+def _bare(data: StudyData) -> list[str]:
+    """Lazy evictions whose cuts leave nothing that was chosen: they come close to a window whatever scores the entries."""
+    hit = {p.label for place in (*data.places, *data.texts) for p in place.points if nothing_chosen(p.policy, place.length)}
+    if not hit:
+        return []
+    return [
+        "drops so many entries at once that a cut leaves sink and window only, no heavy hitter (interval > capacity - sink - window), "
+        f"never recommended: {', '.join(sorted(hit))}"
+    ]
 
 
 def _weak(places: Sequence[Place]) -> list[str]:
@@ -128,15 +145,16 @@ def _noise(data: StudyData) -> list[str]:
         for row in data.rows
         if row.get("series") == "" and row.get("tpot_ms_low") and row.get("tpot_ms_high")
     ]
-    twice = [
-        ratio for _, folder in data.folders.get("stress", []) for ratio in full_twice(read_records(folder / "records.jsonl"))
-    ]
+    stress = [read_records(folder / "records.jsonl") for _, folder in data.folders.get("stress", [])]
+    twice = [ratio for records in stress for ratio in full_twice(records)]
+    pairs = [ratio for records in stress for ratio in full_twice(records, pairs=True)]
     found = []
     if again:
         found.append(f"runs of the same configuration differ by up to {100 * max(again):.1f} % in time per token")
     if twice:
         found.append(
-            f"the full cache, measured twice at {len(twice)} points, differs by up to {100 * max(twice):.1f} % from itself"
+            f"the full cache, measured twice at {len(twice)} points, differs by up to {100 * max(pairs):.1f} % from itself "
+            f"(the largest pair; medians over its repeats by {100 * max(twice):.1f} %)"
         )
     found += _compared(data)
     if not found:
@@ -146,10 +164,10 @@ def _noise(data: StudyData) -> list[str]:
             if timed
             else []
         )
-    return [f"noise floor (A/A): {'; '.join(found)}. No smaller difference of times shows anything"]
+    return [f"noise floor (A/A): {'; '.join(found)}. No smaller difference of medians shows anything"]
 
 
-def full_twice(records: Sequence[Mapping[str, Any]], key: str = "tpot_s") -> list[float]:
+def full_twice(records: Sequence[Mapping[str, Any]], key: str = "tpot_s", pairs: bool = False) -> list[float]:
     """Return, for each length and batch of a stress test, how far a time of the full cache is from itself measured again.
 
     Parameters
@@ -158,6 +176,8 @@ def full_twice(records: Sequence[Mapping[str, Any]], key: str = "tpot_s") -> lis
         As ``kvtool stress`` writes them: the full cache once with ``again``, in as many repeats.
     key : str
         Field of the time; default: per token.
+    pairs : bool
+        Of each point the largest distance of a pair instead of the median's, whichever of both is the slower one.
 
     Returns
     -------
@@ -174,7 +194,8 @@ def full_twice(records: Sequence[Mapping[str, Any]], key: str = "tpot_s") -> lis
     for group in times.values():
         first, second = group.get(False, {}), group.get(True, {})
         ratios = [first[n] / second[n] for n in first if n in second]
-        found += [abs(statistics.median(ratios) - 1)] if ratios else []
+        if ratios:
+            found.append(max(max(ratio, 1 / ratio) for ratio in ratios) - 1 if pairs else abs(statistics.median(ratios) - 1))
     return found
 
 

@@ -106,14 +106,15 @@ def _cells(row: PointRow, fixed: bool) -> list[str]:
         mega(row.prefill_peak_bytes),
         mega(row.decode_peak_bytes),
         *((milli(row.fixed_tpot_s), share(row.fixed_limit_share)) if fixed else ()),
-        _note(row),
+        point_note(row),
     ]
 
 
-def _note(row: PointRow) -> str:
+def point_note(row: PointRow) -> str:
+    """Return what a reader of a point must know: status, degenerate, beyond the context, and what its speed-up is worth."""
     notes = [] if row.status == "ok" else [row.status]
     notes += ["degenerate"] if row.degenerate else []
-    notes += ["beyond context"] if row.beyond_context else []
+    notes += ["beyond the model's context"] if row.beyond_context else []
     if not row.again and row.speedup is not None and row.noise is not None and abs(row.speedup - 1) <= row.noise:
         notes.append("speed-up within noise")
     elif (
@@ -133,7 +134,7 @@ def _endless_cells(row: EndlessRow) -> list[str]:
 
     steady = "-" if row.kv_bytes_high is None else "yes" if row.kv_bytes_low == row.kv_bytes_high else "no"
     notes = [] if row.status == "ok" else [row.status]
-    notes += ["beyond context"] if row.beyond_context else []
+    notes += ["beyond the model's context"] if row.beyond_context else []
     return [
         row.policy,
         row.source,

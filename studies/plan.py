@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvtool.data.tasks import Encoded
 
 #: States of nodes that the run will not spend time on; the first two are known from the model's context.
-IDLE = ("beyond context", "skipped", "done", "same")
+IDLE = ("impossible", "skipped", "done", "same")
 
 
 def plan_nodes(nodes: Sequence[Node], out: Path) -> tuple[list[Mark], list[str]]:
@@ -25,7 +25,7 @@ def plan_nodes(nodes: Sequence[Node], out: Path) -> tuple[list[Mark], list[str]]
     Returns
     -------
     list of Mark
-        Beside the states of `kvtool.studies.state.STATES`: ``beyond context``.
+        States of `kvtool.studies.state.STATES`; ``impossible`` where a context cannot hold it.
     list of str
         Which cells are run once as their prompts are the same, and of which it is not known.
     """
@@ -35,12 +35,12 @@ def plan_nodes(nodes: Sequence[Node], out: Path) -> tuple[list[Mark], list[str]]
     without: set[str] = set()
     for node in nodes:
         if beyond_context(node) is not None:
-            marks[node.key] = Mark("beyond context")
+            marks[node.key] = Mark("impossible")
         elif any(below.key in without for below in node.inputs.values()):
             marks[node.key] = Mark("skipped")
         else:
             marks.look(node)
-        without |= {node.key} if marks[node.key].state in ("beyond context", "skipped") else set()
+        without |= {node.key} if marks[node.key].state in ("impossible", "skipped") else set()
     same = [f"{node.title}: {marks[node.key].note}" for node in nodes if marks[node.key].state == "same" and is_cut(node)]
     return [marks[node.key] for node in nodes], [*same, *notes]
 

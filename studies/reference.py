@@ -22,7 +22,7 @@ from kvtool.studies.schema import Direction, Study
 #: Columns of the file.
 COLUMNS = ("label", "metric", "text", "value", "note")
 #: Metric -> the one that a study without it measured the same by.
-INSTEAD = {"accuracy": "score", "score": "accuracy", "kv_mb": "peak_mb"}
+INSTEAD = {"accuracy": "score", "score": "accuracy"}
 
 
 @dataclass(frozen=True, slots=True)

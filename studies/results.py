@@ -291,6 +291,8 @@ def _stress_rows(node: Node, folder: Path, named: Mapping[str, list[Choice]]) ->
 
 
 def _point_row(node: Node, row: PointRow, named: Mapping[str, list[Choice]]) -> ResultRow:
+    from kvtool.infer.stress_report import point_note
+
     values = {
         "kept": _plain("kept", row.retention),
         "kv_mb": _plain("kv_mb", row.kv_bytes_generation_end),
@@ -305,10 +307,7 @@ def _point_row(node: Node, row: PointRow, named: Mapping[str, list[Choice]]) -> 
         "speedup": _plain("speedup", row.speedup),
         "total_s": _plain("total_s", _total_s(row, int(node.work["n_new"]))),
     }
-    notes = [row.status] if row.status != "ok" else []
-    notes += ["degenerate"] if row.degenerate else []
-    notes += ["beyond the model's context"] if row.beyond_context else []
-    made = _row(node, *_named_point(row.policy, node), row.n, ", ".join(notes), values, named)
+    made = _row(node, *_named_point(row.policy, node), row.n, point_note(row), values, named)
     return replace(made, series=row.series, length=row.length, batch=row.batch)
 
 

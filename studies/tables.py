@@ -267,7 +267,8 @@ def _reference_lines(item: Reference, rows: Sequence[ResultRow], stand_in: Mappi
             mine = [row for row in named if metric in row.values]
             same = [row for row in mine if item.text and item.text.lower() in str(row.task).lower()] or mine
             if same:
-                said = [item.note] if item.note else []
+                said = [f"theirs: {item.note}"] if item.note else []
+                said += ["ours is above the model's weights"] if metric == "peak_mb" else []
                 said += (
                     [f"here {label}" + (f", {METRICS[metric].title}" if metric != item.metric else "")]
                     if label != item.label

@@ -130,13 +130,11 @@ def _write(node: Node, folder: Path, before: Sequence[Cliff], after: Sequence[Cl
     from kvtool.textgrid import markdown_grid
 
     was = {(cliff.label, cliff.method): cliff for cliff in before}
-    facts = [
-        {
-            **cliff_facts(cliff),
-            "before": was[cliff.label, cliff.method].critical if (cliff.label, cliff.method) in was else None,
-        }
-        for cliff in after
-    ]
+    facts = []
+    for cliff in after:
+        grid = was.get((cliff.label, cliff.method))
+        found = {} if grid is None else {"before": grid.critical, "before_safe": grid.safe}
+        facts.append({**cliff_facts(cliff), "before": None, "before_safe": None, **found})
     write_json(folder / FACTS, {"schema": "kvtool.cliffs/1", "cell": str(node.cell), "added": list(added), "cliffs": facts})
     lines = [refined_cells(fact) for fact in facts]
     text = markdown_grid(list(REFINED), lines) if lines else "No curve: nothing was run at two retentions that lose something."
@@ -162,7 +160,9 @@ def refined_cells(fact: Mapping[str, Any]) -> list[str]:
     drop, critical, held, shows = fact["drop"], fact["critical"], fact.get("held"), fact.get("shows")
     return [
         str(fact["label"]),
-        percent(fact["before"]),
+        # Folders of older versions do not say what was safe on the grid.
+        ("at or above " if fact["before"] is not None and fact.get("before_safe", fact["safe"]) is None else "")
+        + percent(fact["before"]),
         ("at or above " if critical is not None and fact["safe"] is None else "")
         + percent(critical)
         + (" (no clear loss again below)" if fact["back"] else ""),

@@ -80,3 +80,18 @@ def test_every_table_comes_in_three_forms(tmp_path: Path) -> None:
     tex = (tmp_path / "t.tex").read_text()
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2
     assert "% read so" in tex
+
+
+def test_of_absolute_paths_the_end_stays() -> None:
+    from kvtool.naming import short_paths, short_values
+
+    heads = "head_windows:budget=own,heads=/tmp/out/study/nodes/classify-1/heads.json,decode=evict"
+    assert short_paths(heads) == "head_windows:budget=own,heads=classify-1/heads.json,decode=evict"
+    assert short_paths("report: /a/b/report/report.html; at 2%") == "report: report/report.html; at 2%"
+    assert (
+        short_paths("kvtool infer --shortlist /a/b/auto.yaml -o confirmed")
+        == "kvtool infer --shortlist b/auto.yaml -o confirmed"
+    )
+    for same in ("10.57 / 38.72", "ms/token / full", "https://a.org/b/c", "nodes/a/b.json", "score % / kept %", "1/2/3"):
+        assert short_paths(same) == same
+    assert short_values({"/a/b/c": ["/x/y/z", 1, None]}) == {"b/c": ["y/z", 1, None]}

@@ -107,12 +107,26 @@ def test_depths_that_were_drawn_are_put_into_classes(tmp_path: Path) -> None:
     loose = [{**r, "meta": {**r["meta"], "depth": d}} for r, d in zip(grid(), (0.0, 0.099, 0.1, 1.0), strict=False)]
     for r in loose:
         del r["meta"]["depth_asked"]
-    assert read_needles([write_run(tmp_path / "run", loose)]).depths == [10.0, 90.0]
-    # With enough prompts of a length there are ten classes: the same boundaries as by hand.
-    many = [{**r, "unit": f"{r['unit']} {i}", "sample": f"{r['sample']}-{i}"} for r in loose for i in range(30)]
-    found = read_needles([write_run(tmp_path / "many", many)])
-    assert found.depths == [5.0, 15.0, 95.0]
-    assert {cell.depth: cell.n for cell in found.cells if cell.n} == {5.0: 60, 15.0: 30, 95.0: 30}
+    assert read_needles([write_run(tmp_path / "run", loose)]).depths == [10.0, 30.0, 50.0, 70.0, 90.0]
+    # Three prompts in every tenth: ten classes, the same boundaries as by hand.
+    first = loose[0]
+
+    def more(depth: float, n: int) -> list[dict[str, Any]]:
+        return [
+            {**first, "unit": f"u {depth} {i}", "sample": f"s {depth} {i}", "meta": {**first["meta"], "depth": depth}}
+            for i in range(n)
+        ]
+
+    tenths = [r for d, n in ((0.0, 2), (0.099, 2), (0.1, 3), (1.0, 3)) for r in more(d, n)]
+    tenths += [r for place in range(2, 9) for r in more((place + 0.5) / 10, 3)]
+    found = read_needles([write_run(tmp_path / "many", tenths)])
+    assert {cell.depth: cell.n for cell in found.cells} == {5.0: 4, **{10.0 * k + 5: 3 for k in range(1, 10)}}
+    # One tenth of two prompts, or of none, among many of others: fifths, whatever the mean over tenths is.
+    for n in (2, 0):
+        few = [r for r in tenths if r["meta"]["depth"] != 0.75] + more(0.75, n) + more(0.35, 40)[3:]
+        found = read_needles([write_run(tmp_path / f"few{n}", few)])
+        assert found.depths == [10.0, 30.0, 50.0, 70.0, 90.0]
+        assert {cell.depth: cell.n for cell in found.cells}[70.0] == 3 + n
 
 
 def test_a_single_length_is_one_map_of_policies_over_depths(tmp_path: Path) -> None:

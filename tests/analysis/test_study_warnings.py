@@ -60,6 +60,25 @@ def test_control_that_is_not_beaten_and_degenerate_points() -> None:
     ]
 
 
+def test_control_is_judged_by_the_figure_of_the_tables() -> None:
+    better = {"answer_accuracy": 1.0}
+    by_accuracy = study(GOOD, changes={"random:budget=10%": better})
+    assert not said(by_accuracy, "not clearly above")
+    by_score = study({**GOOD, "snapkv:budget=10%": 1}, changes={"snapkv:budget=10%": better})
+    assert said(by_score, "not clearly above")[0].endswith("in task score (points, paired 95 % intervals): snapkv 1 of 1")
+    unscored = study(GOOD, changes={policy: {"score": None, **better} for policy in GOOD})
+    assert "in answer accuracy" in said(unscored, "not clearly above")[0]
+
+
+def test_lazy_eviction_that_leaves_nothing_chosen_is_named() -> None:
+    some, none = (f"h2o:budget=40,sink=4,window=16,decode=evict,interval={n}" for n in (20, 21))
+    changes = {policy: {"method": policy, "budget": "40"} for policy in (some, none)}
+    found = said(study({**GOOD, some: 12, none: 12}, changes=changes), "drops so many")
+    assert len(found) == 1
+    assert "interval=21" in found[0]
+    assert "interval=20" not in found[0]
+
+
 def test_cut_prompts_and_answers() -> None:
     cut = study(GOOD, changes={"full": {"meta": {"answer_truncated": True, "truncated": True}}})
     assert said(cut, "12 prompts have longer answers")
@@ -85,13 +104,20 @@ def test_noise_floor_of_stress_tests_repeats_and_comparisons(tmp_path: Path) -> 
     records = [again(64, r, 0.010 + 0.001 * r, False) for r in range(3)] + [again(64, r, 0.008, True) for r in range(3)]
     records += [again(128, 0, 0.02, False), {**again(128, 0, 0.05, True), "policy": "snapkv"}]
     assert full_twice(records) == [pytest.approx(0.011 / 0.008 - 1)]
+    assert full_twice(records, pairs=True) == [pytest.approx(0.012 / 0.008 - 1)]
+    slow_first = [again(64, 0, 0.02, False), again(64, 0, 0.01, True)]
+    slow_last = [again(64, 0, 0.01, False), again(64, 0, 0.02, True)]
+    assert full_twice(slow_first, pairs=True) == full_twice(slow_last, pairs=True) == [pytest.approx(1.0)]
     append_records(tmp_path / "stress" / "records.jsonl", records)
     write_json(tmp_path / "compare" / "compare.json", {"noise": [{"policy": "full", "identical": 0.75}]})
     rows = [{"label": "x", "series": "", "note": "", "tpot_ms": 11.0, "tpot_ms_low": 10.0, "tpot_ms_high": 12.0}]
     folders = {"stress": [("a", tmp_path / "stress")], "compare": [("c", tmp_path / "compare")]}
     line = said(study(GOOD, rows, folders=folders), "noise floor (A/A)")[0]
     assert "up to 20.0 % in time per token" in line
-    assert "measured twice at 1 points, differs by up to 37.5 %" in line
+    assert (
+        "measured twice at 1 points, differs by up to 50.0 % from itself (the largest pair; medians over its repeats by 37.5 %)"
+        in line
+    )
     assert "75 % of the records" in line
     single = [{"label": "x", "series": "", "note": "", "tpot_ms": 11.0}]
     assert said(study(GOOD, single), "nothing was measured twice")

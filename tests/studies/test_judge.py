@@ -207,7 +207,7 @@ def test_the_studys_numbers_stand_beside_ours_at_any_scale() -> None:
     assert lines[0][3:5] == ["0.34", "0.50"]
     assert lines[0][6] == "here c128, answer accuracy"
     assert lines[1][4] == "0.10"  # the same metric goes first
-    assert lines[1][6] == "whole run; here c48"
+    assert lines[1][6] == "theirs: whole run; here c48"
     assert "--scale full" in lines[-1][6]
     assert "--scale full" not in reference_lines(study(direction, scale="full"), NUMBERS, rows)[-1][6]
     assert only(Direction("x", "accuracy", "c128", "c48"), rows, NUMBERS).theirs is None

@@ -91,3 +91,11 @@ def test_figures_of_a_second_process_are_the_same(
     )
     assert len(mine) > 8
     assert mine == other
+
+
+def test_no_path_of_the_output_folder_in_the_report(report: tuple[Path, str]) -> None:
+    """The study's own folder of this machine stands neither in the page, nor in tables, nor beside figures."""
+    study = str(report[0].parent)
+    text = [p for p in report[0].rglob("*") if p.suffix in (".html", ".csv", ".md", ".tex", ".svg")]
+    assert len(text) > 20
+    assert [str(p) for p in text if study in p.read_text(encoding="utf-8")] == []
